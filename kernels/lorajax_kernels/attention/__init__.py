@@ -1,0 +1,181 @@
+"""Causal attention within segments: one entry point, several implementations, a rule that picks."""
+
+import functools
+import logging
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lorajax_kernels.attention.cached import cached_attention
+from lorajax_kernels.attention.implementation import Choice, Implementation, Problem
+from lorajax_kernels.attention.reference import reference_attention
+from lorajax_kernels.attention.xla import xla_attention
+
+__all__ = ["Choice", "attention", "attention_implementations", "cached_attention", "choose_attention"]
+
+_log = logging.getLogger("lorajax_kernels")
+
+
+def _anywhere(problem: Problem) -> None:
+    """Serves every problem on every device."""
+
+
+# "auto" takes the first that can serve.
+_IMPLEMENTATIONS = (
+    Implementation("xla", _anywhere, xla_attention),
+    Implementation("reference", _anywhere, reference_attention),
+)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    max_segments: int | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """Causal softmax attention that never leaves a segment.
+
+    The residuals of the backward pass are named for rematerialisation policies: "attention_output" and, where
+    an implementation keeps it, "attention_lse" (the log-sum-exp of each row). Saving both avoids running the
+    forward pass again.
+
+    Args:
+        q, k, v: of one dtype (float32, bfloat16 or float16); N is a multiple of K, and query heads
+            n*N/K .. (n+1)*N/K - 1 share key/value head n.
+        segment_ids: a segment is a maximal run of equal ids; padding is a segment like any other.
+        scale: of the scores; default 1/sqrt(H).
+        window: the query at t sees the keys at s with 0 <= t - s < window; default all s <= t.
+        softcap: scores become softcap * tanh(scores / softcap); default none.
+        max_segments: static bound on the segments of a row, for implementations that need one.
+        implementation: a name of `attention_implementations()`, or "auto": the first of them that can serve.
+
+    Returns:
+        In q's dtype. Softmax and all sums are float32; float32 inputs are multiplied at full precision.
+
+    Raises:
+        ValueError: shapes, dtypes or options do not fit together, or the implementation is unknown or cannot
+            serve.
+    """
+    name, _ = choose_attention(
+        q,
+        k,
+        v,
+        segment_ids,
+        window=window,
+        softcap=softcap,
+        max_segments=max_segments,
+        implementation=implementation,
+    )
+    function = next(known.function for known in _IMPLEMENTATIONS if known.name == name)
+    return function(
+        q,
+        k,
+        v,
+        segment_ids,
+        scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        window=window,
+        softcap=softcap,
+        max_segments=max_segments,
+    )
+
+
+def attention_implementations() -> tuple[str, ...]:
+    """Names of the implementations, in the order in which "auto" tries them."""
+    return tuple(known.name for known in _IMPLEMENTATIONS)
+
+
+def choose_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    segment_ids: Any,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    max_segments: int | None = None,
+    implementation: str = "auto",
+) -> Choice:
+    """Which implementation `attention` runs for these arguments on this machine.
+
+    Args:
+        q, k, v, segment_ids: arrays or jax.ShapeDtypeStruct, as in `attention`; so are the options.
+
+    Returns:
+        (name, refused); `refused` maps each implementation tried before to the reason why it cannot serve. An
+        automatic choice is logged once.
+
+    Raises:
+        ValueError: as in `attention`.
+    """
+    problem = _problem(q, k, v, segment_ids, window, softcap, max_segments)
+    if implementation != "auto":
+        for known in _IMPLEMENTATIONS:
+            if known.name == implementation:
+                if reason := known.is_supported(problem):
+                    raise ValueError(f"attention implementation {implementation!r} cannot serve: {reason}")
+                return Choice(implementation, {})
+        names = ", ".join(("auto", *attention_implementations()))
+        raise ValueError(f"unknown attention implementation {implementation!r}; known: {names}")
+    refused: dict[str, str] = {}
+    for known in _IMPLEMENTATIONS:
+        reason = known.is_supported(problem)
+        if reason is None:
+            _log_once(known.name, "; ".join(f"not {name}: {why}" for name, why in refused.items()))
+            return Choice(known.name, refused)
+        refused[known.name] = reason
+    raise ValueError(f"no attention implementation can serve: {refused}")
+
+
+@functools.cache
+def _log_once(name: str, refused: str) -> None:
+    _log.info("attention: %s%s", name, f" ({refused})" if refused else "")
+
+
+def _problem(
+    q: Any,
+    k: Any,
+    v: Any,
+    segment_ids: Any,
+    window: int | None,
+    softcap: float | None,
+    max_segments: int | None,
+) -> Problem:
+    """The arguments as a Problem, once they are known to fit together."""
+    if len(q.shape) != 4:
+        raise ValueError(f"attention: q must be [B, T, N, H], got shape {q.shape}")
+    batch, length, heads, head_dim = q.shape
+    if len(k.shape) != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, length, head_dim):
+        raise ValueError(
+            f"attention: k must be [B={batch}, T={length}, K, H={head_dim}] to fit q, got shape {k.shape}"
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"attention: v must have the shape of k, {k.shape}, got {v.shape}")
+    if heads % k.shape[2]:
+        raise ValueError(f"attention: q has {heads} heads, not a multiple of the {k.shape[2]} heads of k")
+    if segment_ids.shape != (batch, length):
+        raise ValueError(
+            f"attention: segment_ids must be [B={batch}, T={length}] to fit q, got shape {segment_ids.shape}"
+        )
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"attention: segment_ids must be integers, got {segment_ids.dtype}")
+    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            "attention: q, k and v must all be float32, bfloat16 or float16, "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    for option, value in (("window", window), ("max_segments", max_segments)):
+        if value is not None and value < 1:
+            raise ValueError(f"attention: {option} must be at least 1, got {value}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap must be positive, got {softcap}")
+    return Problem(
+        batch, length, heads, k.shape[2], head_dim, jnp.dtype(q.dtype), window, softcap, max_segments
+    )

@@ -1,0 +1,180 @@
+"""Linear cross-entropy: the loss of a language-model head without its [N, V] logits.
+
+The logits of a chunk of rows are made, turned into the loss, and dropped. Where a gradient is wanted it is
+made in the same visit: the loss is a plain sum, so dx is known up to one scalar factor as soon as a row's
+probabilities are, and nothing is computed twice (as in Liger-Kernel, Hsu et al., 2024).
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lorajax_kernels.precision import einsum
+
+# One chunk's float32 logits take at most this much, unless MIN_CHUNK rows take more.
+LOGIT_BYTES = 64 * 2**20
+MIN_CHUNK = 128
+
+
+def linear_cross_entropy(
+    x: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
+    *,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    trainable_head: bool = False,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted sum of -log softmax(x head^T)[target], and the sum of the weights.
+
+    Rows of weight 0 count for nothing, whatever their x and target (-100, say); chunks of such rows are
+    skipped. Differentiable in x, and in head if `trainable_head`; targets and weights are constants. Under
+    differentiation the forward pass makes dx, in x's dtype, as its only residual; without it, only the loss.
+
+    Args:
+        x: activations after the final norm; logits are made in their dtype with float32 sums.
+        head: one row for each token of the vocabulary.
+        targets: index into the vocabulary, 0..V-1. Any other under a weight that is not 0 makes the loss NaN.
+        weights: of each row, usually 0 or 1.
+        softcap: logits become softcap * tanh(logits / softcap); default none.
+        chunk: rows at a time; default: as many as have 64 MiB of logits, but at least 128.
+        trainable_head: make the gradient of head too, summed in a float32 [V, D] buffer. Otherwise head is a
+            constant, and its gradient is zero.
+
+    Returns:
+        (loss_sum, weight_sum), float32 scalars.
+
+    Raises:
+        ValueError: shapes do not fit together, or chunk or softcap is not positive.
+    """
+    _check(x, head, targets, weights, softcap, chunk)
+    rows = x.shape[0]
+    limit = default_chunk(head.shape[0]) if chunk is None else chunk
+    chunks = max(1, -(-rows // limit))
+    plan = _Plan(
+        chunks=chunks,
+        rows=max(1, -(-rows // chunks)),
+        softcap=softcap,
+        head_dtype=head.dtype if trainable_head else None,
+    )
+    weights = weights.astype(jnp.float32)
+    return _loss(plan, x, head, targets, weights), jax.lax.stop_gradient(jnp.sum(weights))
+
+
+def default_chunk(vocab_size: int) -> int:
+    """Rows in one chunk: a multiple of MIN_CHUNK."""
+    return max(LOGIT_BYTES // (4 * vocab_size) // MIN_CHUNK, 1) * MIN_CHUNK
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is static; `rows` are those of one chunk, `head_dtype` is None if the head is a constant."""
+
+    chunks: int
+    rows: int
+    softcap: float | None
+    head_dtype: jnp.dtype | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(plan: _Plan, x: Array, head: Array, targets: Array, weights: Array) -> Array:
+    head = head.astype(x.dtype)
+
+    def visit(total, piece):
+        x, targets, weights = piece
+
+        def compute(total):
+            logits = _logits(plan, x, head, weights)
+            return total + _chunk_loss(logits, jax.nn.logsumexp(logits, axis=-1), targets, weights)
+
+        return jax.lax.cond(jnp.any(weights != 0), compute, lambda total: total, total), None
+
+    total, _ = jax.lax.scan(visit, jnp.zeros((), jnp.float32), _split(plan, x, targets, weights))
+    return total
+
+
+def _loss_forward(plan: _Plan, x: Array, head: Array, targets: Array, weights: Array):
+    head = head.astype(x.dtype)
+
+    def visit(carry, piece):
+        x, targets, weights = piece
+
+        def compute(carry):
+            total, dhead = carry
+            logits = _logits(plan, x, head, weights)
+            lse = jax.nn.logsumexp(logits, axis=-1)
+            total = total + _chunk_loss(logits, lse, targets, weights)
+            hit = jnp.arange(head.shape[0]) == targets[:, None]
+            d = jnp.exp(logits - lse[:, None]) - hit  # [rows, V]
+            if plan.softcap is not None:
+                d = d * (1 - jnp.square(logits / plan.softcap))
+            d = d.astype(x.dtype)
+            dx = (einsum("rv,vd->rd", d, head) * weights[:, None]).astype(x.dtype)
+            if dhead is not None:
+                weighted = jnp.where(weights[:, None] != 0, x * weights[:, None], 0).astype(x.dtype)
+                dhead = dhead + einsum("rv,rd->vd", d, weighted)
+            return (total, dhead), dx
+
+        return jax.lax.cond(jnp.any(weights != 0), compute, lambda carry: (carry, jnp.zeros_like(x)), carry)
+
+    dhead = None if plan.head_dtype is None else jnp.zeros(head.shape, jnp.float32)
+    (total, dhead), dx = jax.lax.scan(
+        visit, (jnp.zeros((), jnp.float32), dhead), _split(plan, x, targets, weights)
+    )
+    return total, (dx.reshape(-1, x.shape[1])[: x.shape[0]], dhead)
+
+
+def _loss_backward(plan: _Plan, residuals, dloss: Array):
+    dx, dhead = residuals
+    dx = (dx.astype(jnp.float32) * dloss).astype(dx.dtype)
+    # A sum over many tokens fits float16 only once it is scaled.
+    return dx, None if dhead is None else (dhead * dloss).astype(plan.head_dtype), None, None
+
+
+_loss.defvjp(_loss_forward, _loss_backward)
+
+
+def _logits(plan: _Plan, x: Array, head: Array, weights: Array) -> Array:
+    """Logits of one chunk, [rows, V] float32; those of rows of weight 0 are 0, whatever their x."""
+    logits = einsum("rd,vd->rv", jnp.where(weights[:, None] != 0, x, 0), head)
+    return logits if plan.softcap is None else plan.softcap * jnp.tanh(logits / plan.softcap)
+
+
+def _chunk_loss(logits: Array, lse: Array, targets: Array, weights: Array) -> Array:
+    """Weighted loss of one chunk; NaN where a target that counts is no index of the vocabulary."""
+    vocab = logits.shape[1]
+    at_target = jnp.take_along_axis(logits, jnp.clip(targets, 0, vocab - 1)[:, None], axis=-1)[:, 0]
+    loss = jnp.where((targets >= 0) & (targets < vocab), lse - at_target, jnp.nan)
+    return jnp.sum(jnp.where(weights != 0, loss * weights, 0))
+
+
+def _split(plan: _Plan, x: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """Rows as [chunks, rows, ...]; those added at the end have weight 0."""
+    pad = plan.chunks * plan.rows - x.shape[0]
+    return (
+        jnp.pad(x, ((0, pad), (0, 0))).reshape(plan.chunks, plan.rows, x.shape[1]),
+        jnp.pad(targets, (0, pad)).reshape(plan.chunks, plan.rows),
+        jnp.pad(weights, (0, pad)).reshape(plan.chunks, plan.rows),
+    )
+
+
+def _check(x: Array, head: Array, targets: Array, weights: Array, softcap: float | None, chunk: int | None):
+    if x.ndim != 2 or head.ndim != 2 or x.shape[1] != head.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy: x must be [N, D] and head [V, D], got shapes {x.shape} and {head.shape}"
+        )
+    for name, rows in (("targets", targets), ("weights", weights)):
+        if rows.shape != x.shape[:1]:
+            raise ValueError(
+                f"linear_cross_entropy: {name} must be [N={x.shape[0]}] to fit x, got shape {rows.shape}"
+            )
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(f"linear_cross_entropy: targets must be integers, got {targets.dtype}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"linear_cross_entropy: chunk must be at least 1, got {chunk}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"linear_cross_entropy: softcap must be positive, got {softcap}")

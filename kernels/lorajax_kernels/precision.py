@@ -1,0 +1,20 @@
+"""How the ops multiply: float32 accumulation always, and float32 inputs at full precision."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def einsum(equation: str, *operands: Array) -> Array:
+    """jnp.einsum with a float32 result.
+
+    Half-precision operands keep the tensor cores; float32 operands ask for HIGHEST, because the default on a
+    GPU may round them to TF32 (10 bits of mantissa).
+    """
+    wide = any(operand.dtype == jnp.float32 for operand in operands)
+    return jnp.einsum(
+        equation,
+        *operands,
+        precision=jax.lax.Precision.HIGHEST if wide else None,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,273 @@
+"""Attention: every implementation against the dense float32 reference, forward and gradients."""
+
+import functools
+import logging
+import sys
+
+import jax
+import jax.numpy as jnp
+import lorajax_kernels
+import numpy as np
+import pytest
+from lorajax_kernels import attention, cached_attention, choose_attention
+from lorajax_kernels.attention import xla
+
+B, H = 2, 8
+# Two rows with one-token segments at both ends and in the middle, and padding; no chunk divides T = 37.
+SEGMENT_IDS = np.array([[1] + [2] * 9 + [3] + [4] * 17 + [0] * 9, [1] * 24 + [2] * 12 + [3]], np.int32)
+T = SEGMENT_IDS.shape[1]
+
+
+def qkv(heads, kv_heads, dtype=jnp.float32, batch=B, length=T, head_dim=H, seed=0):
+    """Random q, k, v and cotangent of the output."""
+    random = np.random.default_rng(seed)
+    shapes = [(batch, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    return tuple(jnp.asarray(random.normal(size=shape), dtype) for shape in shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward_and_gradients(function, q, k, v, cotangent, segment_ids=SEGMENT_IDS):
+    """[output, dq, dk, dv] of one compiled program."""
+    out, vjp = jax.vjp(lambda q, k, v: function(q, k, v, segment_ids), q, k, v)
+    return [out, *vjp(cotangent)]
+
+
+def assert_close(found, expected, tolerance):
+    """Largest difference relative to the largest value, array by array."""
+    for name, a, b in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.isfinite(a).all(), name
+        error = np.abs(a - b).max() / np.abs(b).max()
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+# Cached, so that a function already compiled is found again.
+@functools.cache
+def chunked(chunk, **options):
+    """The XLA path cut into chunks of so many tokens."""
+    settings = {"scale": H**-0.5, "window": None, "softcap": None, "max_segments": None}
+    return functools.partial(xla.xla_attention, chunk=chunk, **(settings | options))
+
+
+@functools.cache
+def dense(**options):
+    return functools.partial(attention, implementation="reference", **options)
+
+
+def test_reference_is_softmax_over_visible_keys():
+    q, k, v, _ = qkv(4, 2)
+    out = np.asarray(jax.jit(dense(scale=0.3, window=6, softcap=1.5))(q, k, v, SEGMENT_IDS))
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    for b, t, n in ((0, 0, 0), (0, 9, 1), (0, 10, 3), (0, 27, 2), (1, 23, 3), (1, 36, 0)):
+        first = max(t - 5, int(np.flatnonzero(SEGMENT_IDS[b] == SEGMENT_IDS[b, t])[0]))
+        scores = 1.5 * np.tanh(0.3 * k[b, first : t + 1, n // 2] @ q[b, t, n] / 1.5)
+        p = np.exp(scores) / np.exp(scores).sum()
+        np.testing.assert_allclose(out[b, t, n], p @ v[b, first : t + 1, n // 2], rtol=1e-5, atol=1e-6)
+
+
+# One chunk, or several in two sections or more.
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "chunk"), ((3, 3, None), (3, 3, 5), (4, 1, 8), (8, 1, None), (8, 1, 5), (9, 3, 8))
+)
+def test_xla_equals_reference(heads, kv_heads, chunk):
+    arrays = qkv(heads, kv_heads)
+    found = forward_and_gradients(chunked(chunk), *arrays)
+    assert_close(found, forward_and_gradients(dense(), *arrays), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "options"),
+    (
+        (4, {"window": 1}),
+        (None, {"window": 6}),
+        (4, {"window": 6}),
+        (4, {"window": 500}),
+        (None, {"softcap": 1.0}),
+        (8, {"softcap": 1.0, "scale": 0.7, "window": 10}),
+    ),
+)
+def test_xla_options_equal_reference(options, chunk):
+    arrays = qkv(4, 2)
+    found = forward_and_gradients(chunked(chunk, **options), *arrays)
+    if options.get("window") == 1:  # the output is v: dq and dk are 0
+        np.testing.assert_allclose(found[1], 0, atol=1e-5)
+        np.testing.assert_allclose(found[2], 0, atol=1e-5)
+        np.testing.assert_array_equal(found[0], jnp.repeat(arrays[2], 2, axis=2))
+    else:
+        assert_close(found, forward_and_gradients(dense(**options), *arrays), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+@pytest.mark.parametrize("chunk", (None, 8))
+def test_half_precision_xla_is_close_to_float32_reference(chunk, dtype):
+    arrays = qkv(4, 2, dtype)
+    found = forward_and_gradients(chunked(chunk, softcap=20.0), *arrays)
+    assert {x.dtype for x in found} == {jnp.dtype(dtype)}
+    wide = [x.astype(jnp.float32) for x in arrays]
+    assert_close(found, forward_and_gradients(dense(softcap=20.0), *wide), 1e-2)
+
+
+def test_scores_beyond_float16_do_not_overflow():
+    q, k, v, cotangent = qkv(2, 1, jnp.float16)
+    found = forward_and_gradients(chunked(8, scale=1.0), 300 * q, 300 * k, v, cotangent)  # scores ~ 1e6
+    assert np.isfinite(np.asarray(found[0], np.float32)).all()
+
+
+def test_default_chunks_equal_reference():
+    """Rows long enough for the entry point to cut them itself."""
+    arrays = qkv(2, 1, batch=1, length=700, head_dim=4)
+    segment_ids = np.repeat([1, 2, 3, 0], (1, 399, 250, 50))[None]
+    assert xla.default_chunk(1, 700, 2) < 700
+    found = forward_and_gradients(attention, *arrays, segment_ids)
+    assert_close(found, forward_and_gradients(dense(), *arrays, segment_ids), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+@pytest.mark.parametrize("function", (dense(), chunked(None), chunked(8)), ids=("reference", "xla", "xla-8"))
+def test_changing_one_segment_leaves_the_others_bit_for_bit(function, dtype):
+    run = jax.jit(function)
+    before = qkv(4, 2, dtype)[:3]
+    other = qkv(4, 2, dtype, seed=1)[:3]
+    expected = np.asarray(run(*before, SEGMENT_IDS), np.float32)
+    for row, number in ((0, 2), (0, 3), (0, 0), (1, 1)):
+        changed = np.zeros((B, T), bool)
+        changed[row] = SEGMENT_IDS[row] == number
+        after = [jnp.where(changed[..., None, None], 100 * b, a) for a, b in zip(before, other, strict=True)]
+        found = np.asarray(run(*after, SEGMENT_IDS), np.float32)
+        assert np.any(found[changed] != expected[changed])
+        np.testing.assert_array_equal(found[~changed], expected[~changed])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)))
+@pytest.mark.parametrize("function", (dense(), chunked(None), chunked(8)), ids=("reference", "xla", "xla-8"))
+def test_packed_equals_separate(function, dtype, tolerance):
+    arrays = [x[:1] for x in qkv(4, 2, dtype)]
+    packed = forward_and_gradients(function, *arrays, SEGMENT_IDS[:1])
+    parts = []
+    for number in (1, 2, 3, 4, 0):
+        piece = np.flatnonzero(SEGMENT_IDS[0] == number)
+        document = [x[:, piece].astype(jnp.float32) for x in arrays]
+        parts.append(forward_and_gradients(dense(), *document, np.ones((1, len(piece)), np.int32)))
+    separate = [jnp.concatenate(pieces, axis=1) for pieces in zip(*parts, strict=True)]
+    assert_close(packed, separate, tolerance)
+
+
+def temporary_bytes(function, *shapes):
+    return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+def shapes_of(length, heads):
+    array = jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32)
+    return array, array, array, jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+
+def summed(function):
+    return lambda *arrays: jnp.sum(jnp.square(function(*arrays)))
+
+
+def test_xla_never_holds_all_scores():
+    length, heads = 2048, 4
+    scores = 4 * heads * length * length
+    shapes = shapes_of(length, heads)
+    gradient = jax.grad(summed(attention), (0, 1, 2))
+    assert temporary_bytes(attention, *shapes) < scores / 3
+    assert temporary_bytes(gradient, *shapes) < scores / 2
+    assert temporary_bytes(summed(dense()), *shapes) >= scores  # the measure can see them
+
+
+def test_single_chunk_recomputes_its_scores():
+    gradient = jax.grad(summed(attention), (0, 1, 2))
+    compiled = jax.jit(gradient).lower(*shapes_of(64, 2)).compile().as_text()
+    assert compiled.count(" dot(") == 2 + 5  # forward: scores, output; backward: scores, dp, dq, dk, dv
+
+
+def test_saving_the_named_residuals_avoids_a_second_forward_pass():
+    shapes = shapes_of(64, 2)
+
+    def products(policy):
+        def gradient(*arrays):
+            inner = jax.checkpoint(lambda *x: attention(*x, implementation="xla"), policy=policy)
+            return jax.grad(summed(inner), (0, 1, 2))(*arrays)
+
+        # Compiled code shows what is left once unused results are gone.
+        return jax.jit(gradient).lower(*shapes).as_text().count("dot_general")
+
+    names = jax.checkpoint_policies.save_only_these_names("attention_output", "attention_lse")
+    assert products(names) == products(jax.checkpoint_policies.everything_saveable)
+    assert products(names) < products(jax.checkpoint_policies.nothing_saveable)
+
+
+def test_choice_names_the_first_that_can_serve_and_says_why_not_the_others(monkeypatch, caplog):
+    package = sys.modules["lorajax_kernels.attention"]  # the function of that name hides it
+    refusing = package.Implementation("picky", lambda problem: f"no head_dim {problem.head_dim}", None)
+    monkeypatch.setattr(package, "_IMPLEMENTATIONS", (refusing, *package._IMPLEMENTATIONS))
+    q, k, v, _ = qkv(4, 2)
+    with caplog.at_level(logging.INFO, "lorajax_kernels"):
+        for _ in range(2):
+            name, refused = choose_attention(q, k, v, SEGMENT_IDS)
+    assert (name, refused) == ("xla", {"picky": "no head_dim 8"})
+    assert [record.message for record in caplog.records] == ["attention: xla (not picky: no head_dim 8)"]
+    with pytest.raises(ValueError, match="'picky' cannot serve: no head_dim 8"):
+        attention(q, k, v, SEGMENT_IDS, implementation="picky")
+    assert choose_attention(q, k, v, SEGMENT_IDS, implementation="reference").name == "reference"
+
+
+def test_unknown_implementation_lists_the_known_ones():
+    q, k, v, _ = qkv(4, 2)
+    assert lorajax_kernels.attention_implementations() == ("xla", "reference")
+    with pytest.raises(ValueError, match="implementation 'flash'; known: auto, xla, reference"):
+        attention(q, k, v, SEGMENT_IDS, implementation="flash")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"q": (2, 37, 8)}, r"q must be \[B, T, N, H\], got shape \(2, 37, 8\)"),
+        ({"k": (2, 36, 2, 8)}, r"k must be .* got shape \(2, 36, 2, 8\)"),
+        ({"v": (2, 37, 1, 8)}, r"v must have the shape of k"),
+        ({"q": (2, 37, 5, 8)}, r"5 heads, not a multiple of the 2 heads of k"),
+        ({"segment_ids": (2, 36)}, r"segment_ids must be \[B=2, T=37\]"),
+        ({"window": 0}, r"window must be at least 1, got 0"),
+        ({"max_segments": 0}, r"max_segments must be at least 1, got 0"),
+        ({"softcap": 0.0}, r"softcap must be positive, got 0.0"),
+    ),
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    shapes = {"q": (2, 37, 4, 8), "k": (2, 37, 2, 8), "v": (2, 37, 2, 8), "segment_ids": (2, 37)}
+    options = {name: value for name, value in change.items() if name not in shapes}
+    shapes |= {name: value for name, value in change.items() if name in shapes}
+    arrays = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+    arrays["segment_ids"] = arrays["segment_ids"].astype(jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        attention(**arrays, **options)
+
+
+def test_mixed_dtypes_are_refused():
+    q, k, v, _ = qkv(4, 2)
+    with pytest.raises(ValueError, match="got float32, bfloat16, float32"):
+        attention(q, k.astype(jnp.bfloat16), v, SEGMENT_IDS)
+    with pytest.raises(ValueError, match="segment_ids must be integers, got float32"):
+        attention(q, k, v, SEGMENT_IDS.astype(np.float32))
+
+
+@pytest.mark.parametrize("options", ({}, {"window": 4, "softcap": 1.0, "scale": 0.5}))
+@pytest.mark.parametrize(("dtype", "tolerance"), ((jnp.float32, 1e-5), (jnp.float16, 1e-2)))
+def test_cached_attention_equals_last_query_of_reference(options, dtype, tolerance):
+    q, k, v, _ = qkv(6, 2, dtype, batch=3)
+    lengths = np.array([1, 20, T])
+    valid = np.arange(T) < lengths[:, None]
+    wide = [x.astype(jnp.float32) for x in (q, k, v)]
+    expected = np.asarray(jax.jit(dense(**options))(*wide, np.where(valid, 1, 0)))[np.arange(3), lengths - 1]
+    last = q[np.arange(3), lengths - 1][:, None]
+    run = jax.jit(functools.partial(cached_attention, **options))
+    found = run(last, k, v, lengths)
+    assert found.shape == last.shape and found.dtype == dtype
+    np.testing.assert_allclose(np.asarray(found[:, 0], np.float32), expected, atol=tolerance)
+    stale = [jnp.where(valid[..., None, None], x, 1000) for x in (k, v)]
+    np.testing.assert_array_equal(run(last, *stale, lengths), found)
+
+
+def test_cached_attention_refuses_shapes_that_do_not_fit():
+    q, k, v, _ = qkv(4, 2)
+    with pytest.raises(ValueError, match=r"cached_attention needs q \[B, 1, N, H\]"):
+        cached_attention(q, k, v, jnp.array([1, 2]))

@@ -1,0 +1,197 @@
+"""Linear cross-entropy against dense float32 logits, forward and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lorajax_kernels import linear_cross_entropy
+from lorajax_kernels.cross_entropy import default_chunk
+
+N, D, V = 37, 12, 50
+
+
+def inputs(dtype=jnp.float32, rows=N, seed=0):
+    """x, head, targets, weights; three rows in ten do not count and have target -100."""
+    random = np.random.default_rng(seed)
+    weights = np.where(random.random(rows) < 0.3, 0, random.choice([1.0, 0.5, 2.0], rows))
+    targets = np.where(weights == 0, -100, random.integers(0, V, rows))
+    x, head = random.normal(size=(rows, D)), random.normal(size=(V, D))
+    return jnp.asarray(x, dtype), jnp.asarray(head, dtype), jnp.asarray(targets), jnp.asarray(weights)
+
+
+def dense_loss(x, head, targets, weights, softcap=None):
+    logits = jnp.einsum("nd,vd->nv", x, head, precision="highest")
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logs = jax.nn.log_softmax(logits)[jnp.arange(len(targets)), jnp.clip(targets, 0)]
+    return -jnp.sum(logs * weights)
+
+
+def loss_and_gradients(function, x, head, targets, weights, scale=1.0):
+    """(loss, dx, dhead) of one compiled program."""
+
+    @jax.jit
+    def run(x, head, targets, weights):
+        loss, vjp = jax.vjp(lambda x, head: function(x, head, targets, weights), x, head)
+        return (loss, *vjp(jnp.float32(scale)))
+
+    return run(x, head, targets, weights)
+
+
+def fused_loss(**options):
+    return lambda *arrays: linear_cross_entropy(*arrays, **options)[0]
+
+
+def assert_close(found, expected, tolerance):
+    """Largest difference relative to the largest value, array by array."""
+    for name, a, b in zip(("loss", "dx", "dhead"), found, expected, strict=False):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        error = np.abs(a - b).max() / np.abs(b).max()
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize(("chunk", "softcap"), ((None, None), (37, 3.0), (10, None), (10, 3.0), (1, 3.0)))
+def test_equals_dense_logits(chunk, softcap):
+    arrays = inputs()
+    expected = loss_and_gradients(functools.partial(dense_loss, softcap=softcap), *arrays, scale=0.7)
+    trained = fused_loss(chunk=chunk, softcap=softcap, trainable_head=True)
+    assert_close(loss_and_gradients(trained, *arrays, scale=0.7), expected, 1e-5)
+    frozen = loss_and_gradients(fused_loss(chunk=chunk, softcap=softcap), *arrays, scale=0.7)
+    assert_close(frozen[:2], expected, 1e-5)
+    assert not np.any(frozen[2])
+    loss, weight = jax.jit(functools.partial(linear_cross_entropy, chunk=chunk, softcap=softcap))(*arrays)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
+    assert weight == arrays[3].sum()
+    assert loss.dtype == weight.dtype == jnp.float32 and loss.shape == weight.shape == ()
+
+
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+def test_half_precision_is_close_to_float32(dtype):
+    x, head, targets, weights = inputs(dtype)
+    found = loss_and_gradients(fused_loss(chunk=16, trainable_head=True), x, head, targets, weights)
+    assert [y.dtype for y in found] == [jnp.float32, dtype, dtype]
+    wide = x.astype(jnp.float32), head.astype(jnp.float32), targets, weights
+    assert_close(found, loss_and_gradients(dense_loss, *wide), 1e-2)
+
+
+def test_head_may_be_wider_than_x():
+    x, head, targets, weights = inputs()
+    found = loss_and_gradients(
+        fused_loss(trainable_head=True), x.astype(jnp.bfloat16), head, targets, weights
+    )
+    assert found[1].dtype == jnp.bfloat16 and found[2].dtype == jnp.float32
+    assert_close(found, loss_and_gradients(dense_loss, x, head, targets, weights), 2e-2)
+
+
+def test_float16_logits_and_head_gradients_do_not_overflow():
+    x, head, targets, weights = inputs(jnp.float16, rows=400)
+    x, head, targets = 300 * jnp.abs(x), 100 * head, jnp.minimum(targets, 0)  # logits beyond 65504
+    exact = loss_and_gradients(
+        dense_loss, x.astype(jnp.float32), head.astype(jnp.float32), targets, weights, 1e-3
+    )
+    assert exact[0] > 65504 and np.abs(exact[2]).max() > 65504 * 1e-3
+    found = loss_and_gradients(fused_loss(chunk=64, trainable_head=True), x, head, targets, weights, 1e-3)
+    assert_close(found, exact, 1e-2)
+
+
+def test_rows_of_weight_0_count_for_nothing_whatever_they_hold():
+    x, head, targets, weights = inputs()
+    function = fused_loss(chunk=8, trainable_head=True)
+    expected = loss_and_gradients(function, x, head, targets, weights)
+    idle = weights == 0
+    changed = jnp.where(idle[:, None], jnp.nan, x), head, jnp.where(idle, V + 7, targets), weights
+    for a, b in zip(loss_and_gradients(function, *changed), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.any(np.asarray(expected[1])[idle])
+
+
+def test_no_row_counts():
+    x, head, targets, weights = inputs()
+    for trainable_head in (False, True):
+        function = fused_loss(chunk=8, trainable_head=trainable_head)
+        assert not any(map(np.any, loss_and_gradients(function, x, head, targets, 0 * weights)))
+    assert jax.jit(linear_cross_entropy)(x[:0], head, targets[:0], weights[:0]) == (0, 0)
+
+
+@pytest.mark.parametrize("target", (V, -1, -100))
+def test_target_out_of_range_that_counts_is_nan(target):
+    x, head, targets, weights = inputs()
+    row = int(jnp.argmax(weights))
+    loss, _ = jax.jit(linear_cross_entropy)(x, head, targets.at[row].set(target), weights)
+    assert np.isnan(loss)
+
+
+def inner_jaxprs(jaxpr):
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            for item in value if isinstance(value, tuple | list) else (value,):
+                item = getattr(item, "jaxpr", item)
+                if hasattr(item, "eqns"):
+                    yield equation, item
+
+
+def products(jaxpr, conditional=False):
+    """[inside a cond?] for each matrix product of a jaxpr and of those inside it."""
+    found = [conditional for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
+    for equation, inner in inner_jaxprs(jaxpr):
+        found += products(inner, conditional or equation.primitive.name == "cond")
+    return found
+
+
+@pytest.mark.parametrize(("differentiate", "trainable_head", "expected"), ((0, 0, 1), (1, 0, 2), (1, 1, 3)))
+def test_makes_only_the_products_it_needs_and_none_for_idle_chunks(differentiate, trainable_head, expected):
+    function = fused_loss(chunk=8, trainable_head=bool(trainable_head))
+    if differentiate:
+        function = jax.grad(function)
+    assert products(jax.make_jaxpr(function)(*inputs()).jaxpr) == [True] * expected
+
+
+def test_only_residual_of_a_frozen_head_is_dx():
+    x, head, targets, weights = inputs(jnp.bfloat16)
+    _, vjp = jax.vjp(lambda x: linear_cross_entropy(x, head, targets, weights)[0], x)
+    large = [leaf for leaf in jax.tree.leaves(vjp) if leaf.size > N]
+    assert [(leaf.shape, leaf.dtype) for leaf in large] == [((N, D), jnp.bfloat16)]
+
+
+@pytest.mark.parametrize("trainable_head", (False, True))
+def test_never_holds_all_logits(trainable_head):
+    rows, width, vocab = 8192, 32, 8192
+    shapes = (
+        jax.ShapeDtypeStruct((rows, width), jnp.float32),
+        jax.ShapeDtypeStruct((vocab, width), jnp.float32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+    )
+
+    def temporary_bytes(function):
+        gradient = jax.value_and_grad(function, (0, 1))
+        return jax.jit(gradient).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    logits = 4 * rows * vocab
+    assert temporary_bytes(fused_loss(chunk=256, trainable_head=trainable_head)) < logits / 10
+    assert temporary_bytes(fused_loss(trainable_head=trainable_head)) < logits * 0.8
+    assert temporary_bytes(dense_loss) >= logits  # the measure can see them
+
+
+@pytest.mark.parametrize(("vocab", "rows"), ((50, 335488), (32000, 512), (128256, 128), (10**6, 128)))
+def test_default_chunk_holds_64_mib_of_logits_or_128_rows(vocab, rows):
+    assert default_chunk(vocab) == rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"head": jnp.zeros((V, D + 1))}, r"x must be \[N, D\] and head \[V, D\], got shapes"),
+        ({"targets": jnp.zeros(N + 1, jnp.int32)}, r"targets must be \[N=37\] to fit x, got shape \(38,\)"),
+        ({"weights": jnp.zeros((N, 1))}, r"weights must be \[N=37\] to fit x, got shape \(37, 1\)"),
+        ({"targets": jnp.zeros(N)}, "targets must be integers, got float32"),
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"softcap": -1.0}, "softcap must be positive, got -1.0"),
+    ),
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    arguments = dict(zip(("x", "head", "targets", "weights"), inputs(), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**arguments)

@@ -1,0 +1,64 @@
+"""Segment arithmetic against a dense mask."""
+
+import jax
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lorajax_kernels import segments
+from lorajax_kernels.attention import reference
+
+run = st.tuples(st.integers(0, 3), st.integers(1, 5))  # id, length
+
+
+@st.composite
+def packed_rows(draw):
+    """Two rows of runs, ids repeated or not; few lengths, so that little is compiled."""
+    length = draw(st.sampled_from((1, 7, 16)))
+    rows = []
+    for _ in range(2):
+        runs = draw(st.lists(run, min_size=1, max_size=length))
+        row = [number for number, repeats in runs for _ in range(repeats)]
+        rows.append((row + [0] * length)[:length])
+    return np.array(rows, np.int32)
+
+
+def dense_mask(row: np.ndarray) -> np.ndarray:
+    """mask[t, s]: s <= t, and every token from s to t has the same id."""
+    length = len(row)
+    mask = np.zeros((length, length), bool)
+    for t in range(length):
+        for s in range(t + 1):
+            mask[t, s] = len(set(row[s : t + 1])) == 1
+    return mask
+
+
+@settings(max_examples=60, deadline=None)
+@given(packed_rows())
+def test_segments_agree_with_dense_mask(segment_ids):
+    k_start, q_end = map(np.asarray, jax.jit(segments.bounds)(segment_ids))
+    positions = np.asarray(jax.jit(segments.positions)(segment_ids))
+    lengths = np.asarray(jax.jit(segments.lengths)(segment_ids))
+    assert {x.dtype for x in (k_start, q_end, positions, lengths)} == {np.dtype(np.int32)}
+    for b, row in enumerate(segment_ids):
+        mask = dense_mask(row)
+        index = np.arange(len(row))
+        np.testing.assert_array_equal((index >= k_start[b][:, None]) & (index <= index[:, None]), mask)
+        np.testing.assert_array_equal((index[:, None] < q_end[b]) & (index <= index[:, None]), mask)
+        np.testing.assert_array_equal(positions[b], mask.sum(1) - 1)
+        np.testing.assert_array_equal(lengths[b], mask.sum(1) + mask.sum(0) - 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(packed_rows(), st.sampled_from((None, 1, 3)))
+def test_reference_mask_agrees_with_dense_mask(segment_ids, window):
+    found = np.asarray(jax.jit(reference.mask, static_argnums=1)(segment_ids, window))
+    index = np.arange(segment_ids.shape[1])
+    near = index[:, None] - index < (window or len(index))
+    for b, row in enumerate(segment_ids):
+        np.testing.assert_array_equal(found[b], dense_mask(row) & near)
+
+
+def test_bounds_of_a_packed_row():
+    k_start, q_end = segments.bounds(np.array([[1, 1, 1, 2, 3, 3, 0, 0]]))
+    np.testing.assert_array_equal(k_start, [[0, 0, 0, 3, 4, 4, 6, 6]])
+    np.testing.assert_array_equal(q_end, [[3, 3, 3, 4, 6, 6, 8, 8]])
