@@ -1,0 +1,322 @@
+"""The decoder that all families share: differences between families are options, not classes."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from lorajax_kernels import attention, segments
+
+from lorajax.lora.config import LoRAConfig
+from lorajax.memory.layers import run_layers
+from lorajax.models.rope import RopeOptions, apply_rope, rope_angles
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+# What mixes tokens: (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> [B,T,N,H].
+Attend = Callable[[Array, Array, Array], Array]
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """Shapes and switches of one decoder. Sizes are in elements.
+
+    Attributes:
+        vocab_size: V.
+        hidden_size: D.
+        intermediate_size: F.
+        num_layers: L.
+        num_heads: N, query heads.
+        num_kv_heads: K, key/value heads; N is a multiple of K.
+        head_dim: H; N * H need not be D.
+        max_position: context length of the model, in tokens.
+        norm_epsilon: added to the mean square in RMSNorm.
+        activation: one of ACTIVATIONS, applied to the gate.
+        tie_embeddings: the head is the embedding table.
+        qkv_bias, output_bias, mlp_bias: which projections carry a bias.
+        rope: position encoding.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    norm_epsilon: float = 1e-6
+    activation: str = "silu"
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    rope: RopeOptions = field(default_factory=RopeOptions)
+
+
+class LoRAParam(nnx.Param):
+    """A leaf of an adapter, float32."""
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b + scale * dropout(x) A^T B^T; the last term is there once `lora_a` and `lora_b` are set.
+
+    weight [out, in] in the model's dtype, as Hugging Face stores it; bias [out] or None;
+    lora_a [R, in] and lora_b [out, R] in float32, or None. LoRA: Hu et al., 2021.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: jnp.dtype):
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.weight = nnx.Param(jnp.zeros((out_features, in_features), dtype))
+        self.bias = nnx.data(nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None)
+        self.lora_a = nnx.data(None)
+        self.lora_b = nnx.data(None)
+        self.lora_scale = 0.0
+        self.lora_dropout = 0.0
+
+    def __call__(
+        self, x: Float[Array, "*rows in"], dropout_key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*rows out"]:
+        y = _matmul(x, self.weight[...])
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora_a is None:
+            return y
+        if dropout_key is not None and self.lora_dropout > 0:
+            keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
+        return y + self.lora_scale * _matmul(_matmul(x, self.lora_a[...]), self.lora_b[...])
+
+
+def _matmul(x: Float[Array, "*rows in"], weight: Float[Array, "out in"]) -> Float[Array, "*rows out"]:
+    """x W^T in x's dtype; float32 means float32, not the tensor cores' 19-bit format."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), precision=precision)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation (Zhang and Sennrich, 2019), statistics in float32."""
+
+    def __init__(self, features: int, epsilon: float, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones((features,), dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (normed.astype(x.dtype) * self.weight[...].astype(x.dtype)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token table, weight [V, D]."""
+
+    def __init__(self, vocab_size: int, features: int, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.zeros((vocab_size, features), dtype))
+
+    def __call__(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        return jnp.take(self.weight[...], tokens, axis=0).astype(dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention projections; what mixes the tokens is handed in as `attend`."""
+
+    def __init__(self, options: DecoderOptions, dtype: jnp.dtype):
+        self.heads, self.kv_heads, self.head_dim = options.num_heads, options.num_kv_heads, options.head_dim
+        query, key_value = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = Linear(options.hidden_size, query, bias=options.qkv_bias, dtype=dtype)
+        self.k_proj = Linear(options.hidden_size, key_value, bias=options.qkv_bias, dtype=dtype)
+        self.v_proj = Linear(options.hidden_size, key_value, bias=options.qkv_bias, dtype=dtype)
+        self.o_proj = Linear(query, options.hidden_size, bias=options.output_bias, dtype=dtype)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], angles: Float[Array, "B T H/2"], attend: Attend, keys: "DropoutKeys"
+    ) -> Float[Array, "B T D"]:
+        batch, length, _ = x.shape
+        q = self.q_proj(x, keys(0)).reshape(batch, length, self.heads, self.head_dim)
+        k = self.k_proj(x, keys(1)).reshape(batch, length, self.kv_heads, self.head_dim)
+        v = self.v_proj(x, keys(2)).reshape(batch, length, self.kv_heads, self.head_dim)
+        mixed = attend(apply_rope(q, angles), apply_rope(k, angles), v)
+        return self.o_proj(mixed.reshape(batch, length, self.heads * self.head_dim), keys(3))
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward layer (Shazeer, 2020)."""
+
+    def __init__(self, options: DecoderOptions, dtype: jnp.dtype):
+        hidden, inner, bias = options.hidden_size, options.intermediate_size, options.mlp_bias
+        self.activation = options.activation
+        self.gate_proj = Linear(hidden, inner, bias=bias, dtype=dtype)
+        self.up_proj = Linear(hidden, inner, bias=bias, dtype=dtype)
+        self.down_proj = Linear(inner, hidden, bias=bias, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "B T D"], keys: "DropoutKeys") -> Float[Array, "B T D"]:
+        gate = ACTIVATIONS[self.activation](self.gate_proj(x, keys(4)))  # [B, T, F]
+        return self.down_proj(gate * self.up_proj(x, keys(5)), keys(6))
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, options: DecoderOptions, dtype: jnp.dtype):
+        self.attention_norm = RMSNorm(options.hidden_size, options.norm_epsilon, dtype)
+        self.attention = Attention(options, dtype)
+        self.mlp_norm = RMSNorm(options.hidden_size, options.norm_epsilon, dtype)
+        self.mlp = MLP(options, dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float[Array, "B T H/2"],
+        attend: Attend,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T D"]:
+        keys = DropoutKeys(dropout_key)
+        x = x + self.attention(self.attention_norm(x), angles, attend, keys)
+        return x + self.mlp(self.mlp_norm(x), keys)
+
+
+@dataclass(frozen=True)
+class DropoutKeys:
+    """A key of its own for each projection of a block, or None without dropout."""
+
+    key: PRNGKeyArray | None
+
+    def __call__(self, projection: int) -> PRNGKeyArray | None:
+        return None if self.key is None else jax.random.fold_in(self.key, projection)
+
+
+class Decoder(nnx.Module):
+    """A causal language model.
+
+    Leaves, by path: embed.weight [V, D]; layers.I.{attention_norm,mlp_norm}.weight [D];
+    layers.I.attention.{q,k,v,o}_proj and layers.I.mlp.{gate,up,down}_proj (see Linear); norm.weight [D];
+    head.weight [V, D] unless the embeddings are tied. Weights are `nnx.Param`, adapters `LoRAParam`.
+
+    Attributes:
+        options: shapes and switches.
+        dtype: of the activations (and, unless they are trained, of the weights).
+        attention_implementation: name for lorajax_kernels.attention, or "auto".
+        family: key of lorajax.models.FAMILIES.
+        hf_config: the Hugging Face config.json that the model came with, as text.
+        eos_token_ids: tokens at which generation stops, as the checkpoint names them.
+        lora_config: what the adapter looks like, None without one.
+    """
+
+    def __init__(
+        self,
+        options: DecoderOptions,
+        *,
+        dtype: jnp.dtype = jnp.bfloat16,
+        param_dtype: jnp.dtype | None = None,
+        attention_implementation: str = "auto",
+        family: str = "llama",
+        hf_config: str = "{}",
+    ):
+        stored = jnp.dtype(dtype if param_dtype is None else param_dtype)
+        self.options, self.dtype, self.family, self.hf_config = options, jnp.dtype(dtype), family, hf_config
+        self.attention_implementation = attention_implementation
+        self.lora_config: LoRAConfig | None = None
+        self.eos_token_ids: tuple[int, ...] = ()
+        self.embed = Embedding(options.vocab_size, options.hidden_size, stored)
+        self.layers = nnx.List([Block(options, stored) for _ in range(options.num_layers)])
+        self.norm = RMSNorm(options.hidden_size, options.norm_epsilon, stored)
+        self.head = nnx.data(
+            None
+            if options.tie_embeddings
+            else Linear(options.hidden_size, options.vocab_size, bias=False, dtype=stored)
+        )
+
+    @property
+    def head_weight(self) -> Float[Array, "V D"]:
+        return (self.embed if self.head is None else self.head).weight[...]
+
+    def linears(self) -> dict[str, Linear]:
+        """The blocks' projections by tree path, layer by layer: {"layers.0.attention.q_proj": ...}."""
+        found = {}
+        for i, block in enumerate(self.layers):
+            for group in ("attention", "mlp"):
+                for name, module in vars(getattr(block, group)).items():
+                    if isinstance(module, Linear):
+                        found[f"layers.{i}.{group}.{name}"] = module
+        return found
+
+    def angles(self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]) -> Float[Array, "B T H/2"]:
+        """Rotary angles, shared by all layers; lengths: of each token's segment."""
+        return rope_angles(self.options.rope, self.options.head_dim, positions, lengths)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+        checkpointing: str = "none",
+    ) -> Float[Array, "B T D"]:
+        """Activations after the final norm, in the model's dtype.
+
+        Args:
+            tokens: token ids.
+            segment_ids: equal ids mark one document; documents are contiguous in a row; 0 is padding.
+                Default: one document per row.
+            positions: position of each token in its document. Default: counted from the start of each
+                segment.
+            dropout_key: key of the adapters' dropout; None switches it off.
+            checkpointing: what the backward pass recomputes or fetches (lorajax.memory.layers).
+        """
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            positions = segments.positions(segment_ids)
+        angles = self.angles(positions, segments.lengths(segment_ids))
+        attend = functools.partial(
+            _attend_within_segments, segment_ids=segment_ids, implementation=self.attention_implementation
+        )
+
+        def layer(block: Block, index: int, x: Array) -> Array:
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            return block(x, angles, attend, key)
+
+        x = self.embed(tokens, self.dtype)
+        x = run_layers(layer, self.layers, x, checkpointing=checkpointing)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Scores of the next token, float32."""
+        precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+        return jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            self.head_weight.astype(hidden.dtype),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits, float32; arguments as in `hidden_states`. Compiled once per shape."""
+        graph, state = nnx.split(self)
+        tokens = jnp.asarray(tokens, jnp.int32)
+        return _compiled_logits(graph, state, tokens, segment_ids, positions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled_logits(graph, state, tokens, segment_ids, positions):
+    model = nnx.merge(graph, state)
+    return model.logits(model.hidden_states(tokens, segment_ids, positions))
+
+
+def _attend_within_segments(q, k, v, *, segment_ids, implementation):
+    return attention(q, k, v, segment_ids, implementation=implementation)

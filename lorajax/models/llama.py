@@ -1,0 +1,89 @@
+"""The Llama family: HF config -> decoder options, and the table of names."""
+
+from typing import Any
+
+from lorajax.errors import UserError
+from lorajax.models.decoder import ACTIVATIONS, DecoderOptions
+from lorajax.models.rope import ROPE_TYPES, RopeOptions
+
+# Tree path -> Hugging Face name, both without the leaf (weight, bias): for import, PEFT and merging alike.
+NAMES = {
+    "embed": "model.embed_tokens",
+    "layers.{i}.attention_norm": "model.layers.{i}.input_layernorm",
+    "layers.{i}.attention.q_proj": "model.layers.{i}.self_attn.q_proj",
+    "layers.{i}.attention.k_proj": "model.layers.{i}.self_attn.k_proj",
+    "layers.{i}.attention.v_proj": "model.layers.{i}.self_attn.v_proj",
+    "layers.{i}.attention.o_proj": "model.layers.{i}.self_attn.o_proj",
+    "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers.{i}.mlp.gate_proj": "model.layers.{i}.mlp.gate_proj",
+    "layers.{i}.mlp.up_proj": "model.layers.{i}.mlp.up_proj",
+    "layers.{i}.mlp.down_proj": "model.layers.{i}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+
+
+def options(hf_config: dict[str, Any]) -> DecoderOptions:
+    """Decoder options from the contents of config.json; defaults are those of transformers' LlamaConfig.
+
+    Raises:
+        UserError: an option that the decoder does not have.
+    """
+    activation = hf_config.get("hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        raise UserError(f"config.json: hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    heads = hf_config.get("num_attention_heads", 32)
+    hidden = hf_config.get("hidden_size", 4096)
+    attention_bias = hf_config.get("attention_bias", False)
+    max_position = hf_config.get("max_position_embeddings", 2048)
+    return DecoderOptions(
+        vocab_size=hf_config.get("vocab_size", 32000),
+        hidden_size=hidden,
+        intermediate_size=hf_config.get("intermediate_size", 11008),
+        num_layers=hf_config.get("num_hidden_layers", 32),
+        num_heads=heads,
+        num_kv_heads=hf_config.get("num_key_value_heads") or heads,
+        head_dim=hf_config.get("head_dim") or hidden // heads,
+        max_position=max_position,
+        norm_epsilon=hf_config.get("rms_norm_eps", 1e-6),
+        activation=activation,
+        tie_embeddings=hf_config.get("tie_word_embeddings", False),
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=hf_config.get("mlp_bias", False),
+        rope=rope_options(hf_config, max_position),
+    )
+
+
+def rope_options(hf_config: dict[str, Any], max_position: int) -> RopeOptions:
+    """Read both spellings: `rope_parameters` (transformers 5), and `rope_theta` beside `rope_scaling`.
+
+    Raises:
+        UserError: a kind of scaling that is not in ROPE_TYPES, or one whose numbers are missing.
+    """
+    scaling = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise UserError(f"config.json: RoPE scaling {kind!r} is not one of {', '.join(ROPE_TYPES)}")
+    partial = scaling.get("partial_rotary_factor", hf_config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise UserError(f"config.json: partial_rotary_factor {partial} is not supported; only 1.0 is")
+    needed = {"linear": ["factor"], "dynamic": ["factor"]}
+    needed["llama3"] = ["factor", "low_freq_factor", "high_freq_factor"]
+    missing = [name for name in needed.get(kind, []) if name not in scaling]
+    if missing:
+        raise UserError(f"config.json: RoPE scaling {kind!r} needs {', '.join(missing)}")
+    theta = scaling.get("rope_theta", hf_config.get("rope_theta")) or 10000.0
+    original = max_position
+    if kind == "llama3":
+        stored = scaling.get("original_max_position_embeddings")
+        original = hf_config.get("original_max_position_embeddings") or stored or max_position
+    return RopeOptions(
+        theta=float(theta),
+        type=kind,
+        factor=float(scaling.get("factor", 1.0)),
+        low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
+        original_max_position=int(original),
+        divisors=tuple(float(d) for d in hf_config.get("rope_divisors", ())),
+    )

@@ -1,0 +1,21 @@
+"""Where arrays live: a one-axis mesh over all devices, rows split, everything else replicated."""
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+DATA_AXIS = "data"
+
+
+def data_mesh() -> Mesh:
+    """All devices in one axis; on one device the same program runs unchanged."""
+    return jax.make_mesh((jax.device_count(),), (DATA_AXIS,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device: weights, adapters, optimizer state."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """A batch [A, B, T] with its rows B split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(None, DATA_AXIS))
