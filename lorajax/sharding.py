@@ -1,14 +1,14 @@
 """Where arrays live: a one-axis mesh over all devices, rows split, everything else replicated."""
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = "data"
 
 
 def data_mesh() -> Mesh:
     """All devices in one axis; on one device the same program runs unchanged."""
-    return jax.make_mesh((jax.device_count(),), (DATA_AXIS,))
+    return jax.make_mesh((jax.device_count(),), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -30,10 +30,13 @@ class TokenArrays(NamedTuple):
 
 def cache_folder(cache_dir: str | None) -> Path:
     """The folder given (data.cache_dir), else lorajax/data in the user's cache folder (XDG_CACHE_HOME)."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
+    return Path(cache_dir).expanduser() if cache_dir is not None else user_cache_folder() / "data"
+
+
+def user_cache_folder() -> Path:
+    """lorajax in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lorajax" / "data"
+    return (Path(base) if base else Path.home() / ".cache") / "lorajax"
 
 
 def read(folder: Path) -> TokenArrays | None:

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float
 
 CHECKPOINTING = ("none", "full", "offload")
 LAYER_INPUT = "layer_input"
+# Of lorajax_kernels.attention: an integer a token, the same in all layers, slow to compute and to compile.
+SEGMENT_BOUNDS = "segment_bounds"
 
 
 def run_layers(
@@ -38,23 +40,23 @@ def run_layers(
     if checkpointing not in CHECKPOINTING:
         raise ValueError(f"checkpointing={checkpointing!r} is not one of {', '.join(CHECKPOINTING)}")
     for index, block in enumerate(blocks):
-        run = _rematerialise(
-            layer, block, index, offload=checkpointing == "offload" and index + 1 < len(blocks)
-        )
-        x = layer(block, index, x) if checkpointing == "none" else run(x)
+        if checkpointing == "none":
+            x = layer(block, index, x)
+        else:
+            # The last layer's input is needed again at once.
+            offload = checkpointing == "offload" and index + 1 < len(blocks)
+            x = _rematerialise(layer, block, index, offload=offload)(x)
     return x
 
 
 def _rematerialise(
     layer: Callable[[Any, int, Array], Array], block: Any, index: int, *, offload: bool
 ) -> Callable[[Array], Array]:
-    # The name must be given inside the checkpointed function: outside, the policy never sees it.
-    if not offload:
-        return jax.checkpoint(lambda x: layer(block, index, x))
     policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[LAYER_INPUT],
+        names_which_can_be_saved=[SEGMENT_BOUNDS],
+        names_which_can_be_offloaded=[LAYER_INPUT] if offload else [],
         offload_src="device",
         offload_dst="pinned_host",
     )
+    # The name must be given inside the checkpointed function: outside, the policy never sees it.
     return jax.checkpoint(lambda x: layer(block, index, checkpoint_name(x, LAYER_INPUT)), policy=policy)

@@ -12,7 +12,7 @@ from lorajax_kernels import attention, segments
 
 from lorajax.lora.config import LoRAConfig
 from lorajax.memory.layers import run_layers
-from lorajax.models.rope import RopeOptions, apply_rope, rope_angles
+from lorajax.models.rope import RopeOptions, Rotation, apply_rope, rope_angles
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -37,7 +37,7 @@ class DecoderOptions:
         num_heads: N, query heads.
         num_kv_heads: K, key/value heads; N is a multiple of K.
         head_dim: H; N * H need not be D.
-        max_position: context length of the model, in tokens.
+        max_position: what the config calls max_position_embeddings, in tokens.
         norm_epsilon: added to the mean square in RMSNorm.
         activation: one of ACTIVATIONS, applied to the gate.
         tie_embeddings: the head is the embedding table.
@@ -61,6 +61,12 @@ class DecoderOptions:
     mlp_bias: bool = False
     rope: RopeOptions = field(default_factory=RopeOptions)
 
+    @property
+    def context_length(self) -> int:
+        """Longest text that the model takes, in tokens: linear and dynamic scaling stretch max_position."""
+        stretched = self.rope.type in ("linear", "dynamic")
+        return int(self.max_position * self.rope.factor) if stretched else self.max_position
+
 
 class LoRAParam(nnx.Param):
     """A leaf of an adapter, float32."""
@@ -77,8 +83,8 @@ class Linear(nnx.Module):
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.weight = nnx.Param(jnp.zeros((out_features, in_features), dtype))
         self.bias = nnx.data(nnx.Param(jnp.zeros((out_features,), dtype)) if bias else None)
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
+        self.lora_a: LoRAParam | None = nnx.data(None)
+        self.lora_b: LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
         self.lora_dropout = 0.0
 
@@ -88,7 +94,7 @@ class Linear(nnx.Module):
         y = _matmul(x, self.weight[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
-        if self.lora_a is None:
+        if self.lora_a is None or self.lora_b is None:
             return y
         if dropout_key is not None and self.lora_dropout > 0:
             keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
@@ -137,13 +143,13 @@ class Attention(nnx.Module):
         self.o_proj = Linear(query, options.hidden_size, bias=options.output_bias, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Float[Array, "B T H/2"], attend: Attend, keys: "DropoutKeys"
+        self, x: Float[Array, "B T D"], rotation: Rotation, attend: Attend, keys: "DropoutKeys"
     ) -> Float[Array, "B T D"]:
         batch, length, _ = x.shape
         q = self.q_proj(x, keys(0)).reshape(batch, length, self.heads, self.head_dim)
         k = self.k_proj(x, keys(1)).reshape(batch, length, self.kv_heads, self.head_dim)
         v = self.v_proj(x, keys(2)).reshape(batch, length, self.kv_heads, self.head_dim)
-        mixed = attend(apply_rope(q, angles), apply_rope(k, angles), v)
+        mixed = attend(apply_rope(q, rotation), apply_rope(k, rotation), v)
         return self.o_proj(mixed.reshape(batch, length, self.heads * self.head_dim), keys(3))
 
 
@@ -174,12 +180,12 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        angles: Float[Array, "B T H/2"],
+        rotation: Rotation,
         attend: Attend,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         keys = DropoutKeys(dropout_key)
-        x = x + self.attention(self.attention_norm(x), angles, attend, keys)
+        x = x + self.attention(self.attention_norm(x), rotation, attend, keys)
         return x + self.mlp(self.mlp_norm(x), keys)
 
 
@@ -239,18 +245,19 @@ class Decoder(nnx.Module):
         return (self.embed if self.head is None else self.head).weight[...]
 
     def linears(self) -> dict[str, Linear]:
-        """The blocks' projections by tree path, layer by layer: {"layers.0.attention.q_proj": ...}."""
+        """The blocks' projections by tree path, layer by layer: {"layers.0.attention.k_proj": ...}."""
         found = {}
         for i, block in enumerate(self.layers):
             for group in ("attention", "mlp"):
-                for name, module in vars(getattr(block, group)).items():
+                # Sorted, as nnx.merge leaves them: a model just built has them in the order of its code.
+                for name, module in sorted(vars(getattr(block, group)).items()):
                     if isinstance(module, Linear):
                         found[f"layers.{i}.{group}.{name}"] = module
         return found
 
-    def angles(self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]) -> Float[Array, "B T H/2"]:
-        """Rotary angles, shared by all layers; lengths: of each token's segment."""
-        return rope_angles(self.options.rope, self.options.head_dim, positions, lengths)
+    def rotation(self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]) -> Rotation:
+        """Of RoPE, for all layers; lengths: of each token's segment."""
+        return Rotation.by(rope_angles(self.options.rope, self.options.head_dim, positions, lengths))
 
     def hidden_states(
         self,
@@ -276,18 +283,34 @@ class Decoder(nnx.Module):
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
             positions = segments.positions(segment_ids)
-        angles = self.angles(positions, segments.lengths(segment_ids))
+        rotation = self.rotation(positions, segments.lengths(segment_ids))
         attend = functools.partial(
             _attend_within_segments, segment_ids=segment_ids, implementation=self.attention_implementation
         )
+        return self.run(tokens, rotation, attend, dropout_key=dropout_key, checkpointing=checkpointing)
+
+    def run(
+        self,
+        tokens: Int[Array, "B T"],
+        rotation: Rotation,
+        attend: Attend,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+        checkpointing: str = "none",
+    ) -> Float[Array, "B T D"]:
+        """`hidden_states`, with what rotates and what mixes the tokens handed in.
+
+        Args:
+            rotation: of the tokens (see `rotation`).
+            attend: called once by each layer, in their order.
+        """
 
         def layer(block: Block, index: int, x: Array) -> Array:
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return block(x, angles, attend, key)
+            return block(x, rotation, attend, key)
 
         x = self.embed(tokens, self.dtype)
-        x = run_layers(layer, self.layers, x, checkpointing=checkpointing)
-        return self.norm(x)
+        return self.norm(run_layers(layer, self.layers, x, checkpointing=checkpointing))
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Scores of the next token, float32."""

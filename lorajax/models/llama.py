@@ -32,18 +32,26 @@ def options(hf_config: dict[str, Any]) -> DecoderOptions:
     activation = hf_config.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise UserError(f"config.json: hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    heads = hf_config.get("num_attention_heads", 32)
-    hidden = hf_config.get("hidden_size", 4096)
+    heads = _size(hf_config, "num_attention_heads", 32)
+    kv_heads = _size(hf_config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise UserError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    hidden = _size(hf_config, "hidden_size", 4096)
+    head_dim = _size(hf_config, "head_dim", hidden // heads)
+    if head_dim % 2:
+        raise UserError(f"config.json: head_dim {head_dim} is odd, but RoPE rotates pairs")
     attention_bias = hf_config.get("attention_bias", False)
-    max_position = hf_config.get("max_position_embeddings", 2048)
+    max_position = _size(hf_config, "max_position_embeddings", 2048)
     return DecoderOptions(
-        vocab_size=hf_config.get("vocab_size", 32000),
+        vocab_size=_size(hf_config, "vocab_size", 32000),
         hidden_size=hidden,
-        intermediate_size=hf_config.get("intermediate_size", 11008),
-        num_layers=hf_config.get("num_hidden_layers", 32),
+        intermediate_size=_size(hf_config, "intermediate_size", 11008),
+        num_layers=_size(hf_config, "num_hidden_layers", 32),
         num_heads=heads,
-        num_kv_heads=hf_config.get("num_key_value_heads") or heads,
-        head_dim=hf_config.get("head_dim") or hidden // heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         max_position=max_position,
         norm_epsilon=hf_config.get("rms_norm_eps", 1e-6),
         activation=activation,
@@ -53,6 +61,14 @@ def options(hf_config: dict[str, Any]) -> DecoderOptions:
         mlp_bias=hf_config.get("mlp_bias", False),
         rope=rope_options(hf_config, max_position),
     )
+
+
+def _size(hf_config: dict[str, Any], key: str, default: int) -> int:
+    value = hf_config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"config.json: {key} must be a whole number of at least 1, not {value!r}")
+    return value
 
 
 def rope_options(hf_config: dict[str, Any], max_position: int) -> RopeOptions:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,8 +68,23 @@ def _static_frequencies(options: RopeOptions, exponents: np.ndarray) -> np.ndarr
     return frequencies
 
 
-def apply_rope(x: Float[Array, "B T N H"], angles: Float[Array, "B T H/2"]) -> Float[Array, "B T N H"]:
+class Rotation(NamedTuple):
+    """What RoPE multiplies with, the same in every layer: made once, so that no layer computes it again.
+
+    Attributes:
+        cos, sin: of the angles, float32.
+    """
+
+    cos: Float[Array, "B T H/2"]
+    sin: Float[Array, "B T H/2"]
+
+    @classmethod
+    def by(cls, angles: Float[Array, "B T H/2"]) -> "Rotation":
+        return cls(jnp.cos(angles), jnp.sin(angles))
+
+
+def apply_rope(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
     """Rotate feature pairs (i, i + H/2), Hugging Face's layout, in float32; the result has x's dtype."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    cos, sin = rotation.cos[:, :, None], rotation.sin[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -45,7 +45,7 @@ def attention(
 
     The residuals of the backward pass are named for rematerialisation policies: "attention_output" and, where
     an implementation keeps it, "attention_lse" (the log-sum-exp of each row). Saving both avoids running the
-    forward pass again.
+    forward pass again. "segment_bounds" are integers [B, T] that depend on segment_ids alone.
 
     Args:
         q, k, v: of one dtype (float32, bfloat16 or float16); N is a multiple of K, and query heads

@@ -59,6 +59,7 @@ def xla_attention(
     pad = plan.length - length
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
     first, _ = segments.bounds(jnp.pad(segment_ids, ((0, 0), (0, pad)), mode="edge"))  # [B, T]
+    first = checkpoint_name(first, "segment_bounds")
     if window is not None:
         first = jnp.maximum(first, jnp.arange(plan.length, dtype=jnp.int32) - (window - 1))
     q = q.reshape(batch, plan.length, kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
