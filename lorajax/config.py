@@ -257,7 +257,7 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
 
     Local paths that are relative to the working directory are written as absolute ones.
     """
-    values = _resolve_paths(_plain(config), Path.cwd())
+    values = _resolve_paths(as_plain(config), Path.cwd())
     text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")
 
@@ -268,7 +268,7 @@ def validate(config: Config) -> None:
     Raises:
         UserError: every problem found, each naming its key.
     """
-    values = _plain(config)
+    values = as_plain(config)
     _checked(lambda: _parser("", None).parse_object(values), lambda key: "config", values)
     _refuse_null(values, lambda key: "config")
     if problems := list(_problems(config)):
@@ -302,7 +302,7 @@ def _parser(prog: str, description: str | None) -> jsonargparse.ArgumentParser:
 def _problems(config: Config) -> Iterator[str]:
     """Values out of range and settings that contradict each other, as sentences that start with a key."""
     values = {
-        f"{name}.{key}": value for name, fields in _plain(config).items() for key, value in fields.items()
+        f"{name}.{key}": value for name, fields in as_plain(config).items() for key, value in fields.items()
     }
     for key in _REQUIRED:
         if not values[key]:
@@ -355,7 +355,7 @@ def _problems(config: Config) -> Iterator[str]:
         yield "output.overwrite_output_dir deletes what train.resume_from_checkpoint needs; keep one"
 
 
-def _plain(config: Config) -> dict[str, dict[str, Any]]:
+def as_plain(config: Config) -> dict[str, dict[str, Any]]:
     """The config as nested dicts of what YAML can hold."""
     values = asdict(config)
     for fields in values.values():

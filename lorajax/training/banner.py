@@ -1,0 +1,123 @@
+"""What a run says about itself: before it starts, in a dry run, and when it is done."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import jax
+import jax.numpy as jnp
+import yaml
+from lorajax_kernels import choose_attention
+
+from lorajax.config import Config, as_plain
+from lorajax.data import DataStats, decode_row
+from lorajax.training.inputs import Inputs, first_row
+from lorajax.training.program import Memory
+
+_GIB = 2**30
+
+
+def banner(inputs: Inputs, *, trainable: int, total: int, memory: Memory) -> str:
+    """Versions, device, model, data, and what the run will do; trainable and total count parameters."""
+    config, train = inputs.config, inputs.config.train
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("lorajax", "jax", "flax"))
+    tokens = inputs.rows_per_step * config.data.max_length
+    lines = {
+        "versions": f"{versions}, Python {sys.version.split()[0]}",
+        "device": _device(),
+        "model": f"{config.model.path}: {total:,} parameters, {config.model.dtype}",
+        "attention": _attention(inputs),
+        "trainable": f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"
+        + (_lora(config) if train.mode == "lora" else ", all of them"),
+        **data_lines(inputs),
+        "batch": f"{inputs.rows_per_step} rows = {train.per_device_train_batch_size} a device x "
+        f"{train.gradient_accumulation_steps} accumulated x {inputs.mesh.size} devices: {tokens:,} tokens",
+        "steps": f"{inputs.total_steps:,}; learning rate {train.learning_rate:g}, "
+        f"{train.lr_scheduler_type} after {train.warmup_steps} steps of warm-up",
+        "memory": f"{memory.total / _GIB:.2f} GiB a device for a step: {memory.arguments / _GIB:.2f} weights "
+        f"and state, {memory.temporaries / _GIB:.2f} activations (checkpointing "
+        f"{config.memory.checkpointing}); {memory.host / _GIB:.2f} GiB of host memory",
+    }
+    return table(lines)
+
+
+def data_lines(inputs: Inputs) -> dict[str, str]:
+    """The data's statistics, for the banner and the dry run."""
+    data, packing, documents = inputs.config.data, inputs.packing, inputs.documents
+    lines = {"data": f"{data.path}: {_stats(documents.train_stats)}"}
+    if documents.eval_stats is not None:
+        lines["evaluation"] = _stats(documents.eval_stats)
+    how = f"at most {data.max_segments} documents each" if data.packing else "one document each"
+    lines["rows"] = (
+        f"{packing.rows:,} of {data.max_length} tokens, {how}: {packing.documents:,} documents, "
+        f"{packing.target_tokens:,} target tokens, {100 * packing.fill_rate:.1f}% filled"
+    )
+    return lines
+
+
+def dry_run_text(inputs: Inputs) -> str:
+    """The resolved config, the data's statistics, and the first row of training with its loss mask."""
+    documents = decode_row(inputs.tokenizer, first_row(inputs), colour=sys.stdout.isatty())
+    how = "green" if sys.stdout.isatty() else "between ⟦ and ⟧"
+    row = "\n".join(f"--- document {number}\n{text}" for number, text in enumerate(documents, 1))
+    config = yaml.safe_dump(as_plain(inputs.config), sort_keys=False, allow_unicode=True)
+    statistics = table(data_lines(inputs) | {"steps": f"{inputs.total_steps:,}"})
+    return f"{config}\n{statistics}\n\nThe first row; what is learnt is {how}:\n{row}"
+
+
+def table(lines: dict[str, str]) -> str:
+    width = max(map(len, lines))
+    return "\n".join(f"{name:>{width}}  {text}" for name, text in lines.items())
+
+
+def gib(bytes_: int) -> str:
+    return f"{bytes_ / _GIB:.2f} GiB"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a folder that was put on the path, not installed
+        return "(not installed)"
+
+
+def _device() -> str:
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    memory = f", {gib(stats['bytes_limit'])} for JAX" if "bytes_limit" in stats else ""
+    return f"{jax.device_count()} x {device.device_kind} ({device.platform}){memory}"
+
+
+def _attention(inputs: Inputs) -> str:
+    options, rows = inputs.outline.options, inputs.config.train.per_device_train_batch_size
+    length, dtype = inputs.config.data.max_length, inputs.outline.dtype
+    q = jax.ShapeDtypeStruct((rows, length, options.num_heads, options.head_dim), dtype)
+    k = jax.ShapeDtypeStruct((rows, length, options.num_kv_heads, options.head_dim), dtype)
+    segment_ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    name, refused = choose_attention(
+        q, k, k, segment_ids, implementation=inputs.outline.attention_implementation
+    )
+    asked = inputs.outline.attention_implementation
+    why = "; ".join(f"not {other}: {reason}" for other, reason in refused.items())
+    return f"{name} ({'chosen automatically' if asked == 'auto' else 'as asked'}{'; ' if why else ''}{why})"
+
+
+def _lora(config: Config) -> str:
+    lora = config.lora
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    return f": LoRA rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g} on {targets}"
+
+
+def _stats(stats: DataStats) -> str:
+    changed = {
+        "truncated": stats.truncated,
+        "dropped as too long": stats.dropped,
+        "split": stats.split,
+        "left out with nothing to learn": stats.masked_out,
+    }
+    notes = "".join(f", {count:,} {what}" for what, count in changed.items() if count)
+    return (
+        f"{stats.documents:,} documents of {stats.rows:,} rows{notes}; {stats.tokens:,} tokens, "
+        f"{stats.target_tokens:,} of them targets"
+    )

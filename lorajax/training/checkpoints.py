@@ -1,0 +1,185 @@
+"""Checkpoints of a run: the train state, and where the run stands in its data.
+
+Written by orbax' CheckpointManager, its stable API: the newer one still lives under `experimental`. A
+checkpoint is written in the background to a temporary folder that is renamed when it is whole, so a run that
+is killed never leaves half of one, and the oldest goes only when the newest is there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from lorajax.errors import UserError
+from lorajax.training.step import TrainState
+
+_STATE, _POSITION = "state", "position"
+
+
+class Position(NamedTuple):
+    """Where a run stands, besides its arrays.
+
+    Attributes:
+        step: steps made.
+        data: state of the data iterator, JSON-serialisable.
+        identity: what must be the same for the run to go on exactly, JSON-serialisable (settings by key).
+    """
+
+    step: int
+    data: dict[str, Any]
+    identity: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in one folder, `folder/STEP` each.
+
+    Use as a context: leaving it waits for the last write.
+    """
+
+    def __init__(self, folder: Path, *, keep: int):
+        self._folder = folder
+        self._pending: int | None = None
+        self._manager = ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True, create=True, enable_async_checkpointing=True
+            ),
+            item_names=(_STATE, _POSITION),
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except UserError:
+            if error is None:
+                raise
+        finally:
+            self._manager.close()
+
+    def save(self, state: TrainState, position: Position) -> None:
+        """Start writing a checkpoint; the state may be donated as soon as this returns.
+
+        Raises:
+            UserError: this or the previous checkpoint could not be written.
+        """
+        self.wait()
+        self._pending = position.step
+        try:
+            self._manager.save(
+                position.step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(_leaves(state)), position=ocp.args.JsonSave(position._asdict())
+                ),
+                force=True,
+            )
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is whole.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._pending is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failure(error) from error
+        self._pending = None
+
+    def _failure(self, error: Exception) -> UserError:
+        step, self._pending = self._pending, None
+        kept = [str(self._folder / str(other)) for other in steps(self._folder) if other != step]
+        where = f"the newest whole one is {kept[-1]}" if kept else "there is no earlier one"
+        return UserError(
+            f"{self._folder / str(step)}: the checkpoint could not be written ({_cause(error)}); {where}. "
+            "Make room, then go on with --train.resume_from_checkpoint auto"
+        )
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+
+
+def read_position(checkpoint: Path) -> Position:
+    """The position in a checkpoint.
+
+    Raises:
+        UserError: there is no readable checkpoint.
+    """
+    if not (checkpoint / _POSITION).is_dir():
+        raise UserError(
+            f"{checkpoint}: not a checkpoint (train.resume_from_checkpoint); a run's are RUN/checkpoints/STEP"
+        )
+    try:
+        return Position(**ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint / _POSITION))
+    except Exception as error:
+        raise UserError(f"{checkpoint}: the checkpoint cannot be read: {_cause(error)}") from error
+
+
+def restore_state(checkpoint: Path, like: TrainState) -> TrainState:
+    """The train state in a checkpoint.
+
+    Args:
+        like: a state of the same structure, shapes, dtypes and shardings.
+
+    Raises:
+        UserError: it cannot be read, or is of another structure.
+    """
+    leaves = _leaves(like)
+    try:
+        restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
+            checkpoint / _STATE,
+            item=leaves,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(leaves),
+        )
+    except Exception as error:
+        raise UserError(f"{checkpoint}: the checkpoint cannot be read: {_cause(error)}") from error
+    for name, leaf in leaves.items():
+        if restored[name].shape != leaf.shape:
+            raise UserError(
+                f"{checkpoint}: {name} has shape {restored[name].shape}, but this run needs {leaf.shape}"
+            )
+    restored["key"] = jax.random.wrap_key_data(restored["key"])
+    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in leaves])
+
+
+def delete_after(folder: Path, step: int) -> list[int]:
+    """Delete the checkpoints of later steps, newest first; gives their steps."""
+    later = [other for other in steps(folder) if other > step]
+    for other in reversed(later):
+        shutil.rmtree(folder / str(other))
+    return later
+
+
+def _leaves(state: TrainState) -> dict[str, jax.Array]:
+    """The state's arrays by readable names, so that a checkpoint does not depend on optax' classes."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    return leaves | {"key": jax.random.key_data(state.key)}
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the innermost error, which says what the operating system refused."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

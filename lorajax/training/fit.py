@@ -1,0 +1,330 @@
+"""A run from beginning to end: the loop, readable from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorajax.config import Config, as_plain, load_config, save_config, validate
+from lorajax.errors import UserError
+from lorajax.generation import generate
+from lorajax.lora.peft import save_adapter
+from lorajax.models.checkpoint import initialise, load, save_merged
+from lorajax.models.decoder import Decoder
+from lorajax.training.banner import banner, dry_run_text, gib
+from lorajax.training.checkpoints import (
+    Checkpoints,
+    Position,
+    delete_after,
+    read_position,
+    restore_state,
+    steps,
+)
+from lorajax.training.folder import RunFolder, check_folder, prepare_folder
+from lorajax.training.inputs import Inputs, evaluation_batches, prepare, training_batches
+from lorajax.training.metrics import (
+    MetricsLog,
+    check_trackers,
+    open_trackers,
+    peak_memory_bytes,
+    read_metrics,
+    truncate_metrics,
+)
+from lorajax.training.program import compile_step, first_state, make_evaluation, use_compilation_cache
+from lorajax.training.progress import NotFinite, Progress, Totals
+from lorajax.training.signals import StopRequest
+from lorajax.training.step import TrainState
+from lorajax.training.weights import Weights, count, merge_weights, split_weights
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt's answer before and after training."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        model: the trained model.
+        output_dir: the run's folder.
+        steps: optimizer steps made in all, those before a resume included.
+        metrics: the rows of metrics.jsonl.
+        samples: the answers to output.sample_prompts.
+        seconds: spent in this process' training steps.
+        tokens_per_second: of them, padding not counted; 0 where there were none.
+        peak_memory_bytes: of the first GPU, or, on a CPU, of the process.
+        stopped_by: the signal that ended the run early; None: it is complete.
+    """
+
+    model: Decoder
+    output_dir: Path
+    steps: int
+    metrics: list[dict[str, Any]]
+    samples: list[Sample]
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    stopped_by: signal.Signals | None
+
+
+def fit(config: Config | str | os.PathLike[str]) -> Result:
+    """Fine-tune a model as a config says, and write the run's folder.
+
+    SIGINT and SIGTERM, in the main thread, end the run after the step that is running, with a checkpoint.
+
+    Args:
+        config: the settings, or the path of a YAML file that holds them.
+
+    Raises:
+        UserError: something the config names cannot be used, the loss is no number, or a checkpoint cannot
+            be written. What was written before stays.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config)
+    validate(config)
+    use_compilation_cache()
+    check_trackers(config.output.report_to)
+    checkpoint = check_folder(config)
+    inputs = prepare(config)
+    position = None if checkpoint is None else _position(checkpoint, inputs)
+    model = _load_model(inputs)
+    before = _answers(inputs, model)
+    graph, trainable, frozen = split_weights(model, config.train.mode)
+    del model  # the first step takes over its trainable leaves
+    state = first_state(inputs, trainable)
+    if checkpoint is not None:
+        state = restore_state(checkpoint, state)
+
+    folder = prepare_folder(config, checkpoint)
+    save_config(config, folder.config)
+    start = 0
+    if position is not None:
+        start = position.step
+        print(f"going on from {checkpoint}, step {start}")
+    truncate_metrics(folder.metrics, start)
+    if dropped := delete_after(folder.checkpoints, start):
+        print(f"deleted the checkpoints of later steps: {', '.join(map(str, dropped))}")
+
+    try:
+        state, step, totals, stopped_by = _train(inputs, folder, graph, state, frozen, position)
+    except NotFinite as error:
+        raise UserError(f"{error}; {_what_is_kept(folder)}") from None
+
+    model = merge_weights(graph, state.trainable, frozen)
+    samples: list[Sample] = []
+    if stopped_by is None:
+        texts = zip(config.output.sample_prompts, before, _answers(inputs, model), strict=True)
+        samples = [Sample(*answers) for answers in texts]
+        _write_outcome(inputs, folder, model, samples)
+    result = Result(
+        model=model,
+        output_dir=folder.path,
+        steps=step,
+        metrics=read_metrics(folder.metrics),
+        samples=samples,
+        seconds=totals.seconds,
+        tokens_per_second=totals.tokens / totals.seconds if totals.seconds else 0.0,
+        peak_memory_bytes=peak_memory_bytes(),
+        stopped_by=stopped_by,
+    )
+    print(_closing_line(result, folder, config))
+    return result
+
+
+def dry_run(config: Config) -> str:
+    """What `fit` would do, as text: the resolved config, the data's statistics, the first row with its mask.
+
+    Raises:
+        UserError: as `fit`, but for what is wrong with the weights.
+    """
+    validate(config)
+    check_trackers(config.output.report_to)
+    check_folder(config)
+    return dry_run_text(prepare(config))
+
+
+def _train(
+    inputs: Inputs,
+    folder: RunFolder,
+    graph: Any,
+    state: TrainState,
+    frozen: Weights,
+    position: Position | None,
+) -> tuple[TrainState, int, Totals, signal.Signals | None]:
+    """The loop: (state, steps made, totals, the signal that ended it early).
+
+    A step is started before the metrics of the one before it are read, and its batch is made while the device
+    is busy. What is logged up to a step is written before that step's checkpoint.
+    """
+    config, total = inputs.config, inputs.total_steps
+    train, output = config.train, config.output
+    step = 0 if position is None else position.step
+    if step == total:
+        return state, step, Totals(), None
+    with contextlib.ExitStack() as stack:
+        batches = training_batches(inputs, None if position is None else position.data)
+        stack.enter_context(contextlib.closing(batches))
+        batch = next(batches)
+        began = time.perf_counter()
+        program = compile_step(inputs, graph, state, frozen, batch.arrays)
+        trainable = count(state.trainable)
+        print(banner(inputs, trainable=trainable, total=trainable + count(frozen), memory=program.memory))
+        print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+
+        trackers = open_trackers(output.report_to, folder.path, as_plain(config))
+        log = stack.enter_context(contextlib.closing(MetricsLog(folder.metrics, trackers)))
+        scaled = config.model.dtype == "float16"
+        progress = Progress(log, start=step, total=total, logging_steps=output.logging_steps, scaled=scaled)
+        stack.enter_context(contextlib.closing(progress))
+        checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, keep=output.save_total_limit))
+        stop = stack.enter_context(StopRequest())
+        evaluate = _evaluator(inputs, graph, frozen, progress)
+        if step == 0 and train.eval_steps > 0:
+            evaluate(step, state)
+        progress.restart_clock()
+        while True:
+            step += 1
+            state, metrics = program.step(state, frozen, batch.arrays)
+            progress.step_started(step, metrics, batch.tokens, batch.target_tokens)
+            last = step == total or stop.signal is not None
+            evaluates = step == total or _due(step, train.eval_steps)
+            saves = last or _due(step, output.save_steps)
+            if evaluates or saves:
+                progress.flush()
+                if evaluates:
+                    evaluate(step, state)
+                if saves:
+                    checkpoints.save(state, Position(step, batch.position, inputs.identity))
+                progress.restart_clock()
+            if last:
+                break
+            batch = next(batches)
+    return state, step, progress.totals, None if step == total else stop.signal
+
+
+def _load_model(inputs: Inputs) -> Decoder:
+    config = inputs.config
+    model, train = config.model, config.train
+    if train.init == "random":
+        return initialise(
+            inputs.model_path,
+            dtype=model.dtype,
+            param_dtype="float32",
+            attention=model.attention,
+            seed=train.seed,
+        )
+    full = train.mode == "full"
+    return load(
+        inputs.model_path,
+        lora=None if full else config.lora,
+        dtype=model.dtype,
+        quantization=model.quantization,
+        attention=model.attention,
+        param_dtype="float32" if full else None,
+        seed=train.seed,
+    )
+
+
+def _position(checkpoint: Path, inputs: Inputs) -> Position:
+    """The position in a checkpoint, if this run can go on from there exactly."""
+    position = read_position(checkpoint)
+    differing = [
+        f"{name} was {position.identity.get(name)}, now it is {value}"
+        for name, value in inputs.identity.items()
+        if position.identity.get(name) != value
+    ]
+    if differing:
+        raise UserError(
+            f"{checkpoint} is of another run, which this one cannot go on: {'; '.join(differing)}"
+        )
+    if position.step > inputs.total_steps:
+        raise UserError(
+            f"{checkpoint} stands at step {position.step}, but this run has only {inputs.total_steps} steps; "
+            "raise train.max_steps"
+        )
+    return position
+
+
+def _what_is_kept(folder: RunFolder) -> str:
+    kept = steps(folder.checkpoints)
+    if not kept:
+        return "there is no checkpoint yet (output.save_steps)"
+    return f"the last good checkpoint is {folder.checkpoints / str(kept[-1])}"
+
+
+def _evaluator(
+    inputs: Inputs, graph: Any, frozen: Weights, progress: Progress
+) -> Callable[[int, TrainState], None]:
+    """evaluate(step, state): writes the loss on the held-out documents; does nothing where there are none."""
+    summed = make_evaluation(inputs, graph)
+
+    def evaluate(step: int, state: TrainState) -> None:
+        if inputs.documents.eval is None:
+            return
+        began, losses, targets = time.perf_counter(), [], 0
+        for batch, _, target_tokens in evaluation_batches(inputs):
+            losses.append(summed(state.trainable, frozen, batch))
+            targets += target_tokens
+        loss = float(np.sum(np.asarray(losses, np.float64))) / targets
+        progress.evaluated(step, loss, targets, time.perf_counter() - began)
+
+    return evaluate
+
+
+def _answers(inputs: Inputs, model: Decoder) -> list[str]:
+    output = inputs.config.output
+    return generate(
+        model, inputs.tokenizer, output.sample_prompts, max_new_tokens=output.sample_max_new_tokens
+    )
+
+
+def _write_outcome(inputs: Inputs, folder: RunFolder, model: Decoder, samples: list[Sample]) -> None:
+    if inputs.config.train.mode == "lora":
+        save_adapter(model, folder.adapter, base_model=inputs.config.model.path)
+    else:
+        save_merged(model, folder.model)
+        inputs.tokenizer.save_pretrained(str(folder.model))
+    if samples:
+        rows = [vars(sample) for sample in samples]
+        folder.samples.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for sample in samples:
+            print(f"\n> {sample.prompt}\n--- before\n{sample.before}\n--- after\n{sample.after}")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _closing_line(result: Result, folder: RunFolder, config: Config) -> str:
+    if result.stopped_by is not None:
+        return (
+            f"\nstopped by {result.stopped_by.name} after step {result.steps}: its checkpoint is in "
+            f"{folder.checkpoints}; go on with --train.resume_from_checkpoint auto"
+        )
+    losses = [row["loss"] for row in result.metrics if "loss" in row]
+    held_out = [row["eval_loss"] for row in result.metrics if "eval_loss" in row]
+    parts = [f"{result.steps} steps"]
+    if result.seconds:
+        parts.append(f"{result.seconds:.1f} s of training, {result.tokens_per_second:,.0f} tokens/s")
+    if losses:
+        parts.append(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    if held_out:
+        parts.append(f"held-out loss {held_out[0]:.3f} -> {held_out[-1]:.3f}")
+    parts.append(f"peak memory {gib(result.peak_memory_bytes)}")
+    where = folder.adapter if config.train.mode == "lora" else folder.model
+    return f"\n{'; '.join(parts)}\nwritten to {where}"

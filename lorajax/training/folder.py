@@ -1,0 +1,114 @@
+"""The folder of a run, and what may happen to one that is there already."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorajax.config import Config
+from lorajax.errors import UserError
+from lorajax.training import checkpoints
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths in a run's folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """Of train.mode lora."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """Of train.mode full."""
+        return self.path / "model"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def contents(self) -> list[Path]:
+        """What is there of a run."""
+        mine = (
+            self.config,
+            self.metrics,
+            self.checkpoints,
+            self.adapter,
+            self.model,
+            self.samples,
+            self.tensorboard,
+        )
+        return [path for path in mine if path.exists()]
+
+    def results(self) -> list[Path]:
+        """Those of contents that somebody would miss: a run that failed before its first step has none."""
+        return [
+            path
+            for path in self.contents()
+            if path in (self.adapter, self.model)
+            or (path == self.metrics and path.stat().st_size)
+            or (path == self.checkpoints and checkpoints.steps(path))
+        ]
+
+
+def check_folder(config: Config) -> Path | None:
+    """Decide what a run does with its folder, without touching it.
+
+    Returns:
+        The checkpoint to go on from; None: start at the beginning.
+
+    Raises:
+        UserError: the folder holds another run that is neither continued nor to be replaced, or the
+            checkpoint to go on from is not there.
+    """
+    folder, resume = RunFolder(Path(config.output.output_dir).absolute()), config.train.resume_from_checkpoint
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"output.output_dir: {folder.path} is a file")
+    if resume == "auto":
+        there = checkpoints.steps(folder.checkpoints)
+        return folder.checkpoints / str(there[-1]) if there else None
+    checkpoint = Path(resume).absolute() if resume else None
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise UserError(f"train.resume_from_checkpoint: there is no folder {checkpoint}")
+    goes_on_here = checkpoint is not None and checkpoint.resolve().parent == folder.checkpoints.resolve()
+    if folder.results() and not goes_on_here and not config.output.overwrite_output_dir:
+        raise UserError(
+            f"output.output_dir: {folder.path} holds another run ({folder.results()[0].name}). To go on "
+            "with it, add --train.resume_from_checkpoint auto; to replace it, --output.overwrite_output_dir "
+            "true; or choose another folder"
+        )
+    return checkpoint
+
+
+def prepare_folder(config: Config, checkpoint: Path | None) -> RunFolder:
+    """Make the folder ready for a run that starts, or goes on from a checkpoint (see check_folder)."""
+    folder = RunFolder(Path(config.output.output_dir).absolute())
+    goes_on_here = checkpoint is not None and checkpoint.resolve().parent == folder.checkpoints.resolve()
+    if config.output.overwrite_output_dir and not goes_on_here:
+        for path in folder.contents():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output.output_dir: {folder.path} cannot be made: {error.strerror}") from error
+    return folder

@@ -1,0 +1,212 @@
+"""What a run knows before it reads any weights: tokenizer, documents, and how many steps they make."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lorajax.config import Config
+from lorajax.data import (
+    DataSplits,
+    Documents,
+    PackingStats,
+    chat_template,
+    load_documents,
+    load_tokenizer,
+    packed_batches,
+    packing_stats,
+)
+from lorajax.errors import UserError
+from lorajax.models.checkpoint import outline, resolve
+from lorajax.models.decoder import Decoder
+from lorajax.sharding import data_mesh, rows
+from lorajax.training.step import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A run's inputs, checked.
+
+    Attributes:
+        config: the run's.
+        mesh: the devices.
+        model_path: local folder or file of the model.
+        outline: the model without its weights.
+        tokenizer: the model's; its chat template is the one in use.
+        documents: for training and evaluation.
+        packing: what the rows of one epoch hold, or of as many as the steps need if that is less.
+        total_steps: optimizer steps of the whole run.
+    """
+
+    config: Config
+    mesh: Mesh
+    model_path: Path
+    outline: Decoder
+    tokenizer: PreTrainedTokenizerFast
+    documents: DataSplits
+    packing: PackingStats
+    total_steps: int
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        return self.config.train.per_device_train_batch_size * self.mesh.size
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.rows_per_micro_batch * self.config.train.gradient_accumulation_steps
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same for a run to go on exactly from a checkpoint."""
+        data, train, lora = self.config.data, self.config.train, self.config.lora
+        stats = self.documents.train_stats
+        return {
+            "train.mode": train.mode,
+            "train.seed": train.seed,
+            "train.per_device_train_batch_size": train.per_device_train_batch_size,
+            "train.gradient_accumulation_steps": train.gradient_accumulation_steps,
+            "train.num_train_epochs": _epochs(self.config),
+            "model.dtype": self.config.model.dtype,
+            "lora.rank": lora.rank,
+            "lora.alpha": lora.alpha,
+            "lora.dropout": lora.dropout,
+            "lora.target_modules": lora.target_modules
+            if isinstance(lora.target_modules, str)
+            else list(lora.target_modules),
+            "data.max_length": data.max_length,
+            "data.packing": data.packing,
+            "data.max_segments": data.max_segments,
+            "the training documents (number, tokens, target tokens)": [
+                stats.documents,
+                stats.tokens,
+                stats.target_tokens,
+            ],
+            "the number of devices": self.mesh.size,
+        }
+
+
+def prepare(config: Config) -> Inputs:
+    """Read and check everything but the weights.
+
+    Raises:
+        UserError: the model's configuration, the tokenizer or the data cannot be used.
+    """
+    mesh, data, train = data_mesh(), config.data, config.train
+    path = resolve(config.model.path, weights=train.init == "pretrained")
+    model = outline(path, dtype=config.model.dtype, attention=config.model.attention)
+    tokenizer = load_tokenizer(config.model.tokenizer or path)
+    if len(tokenizer) > model.options.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model only {model.options.vocab_size} "
+            "embeddings; set model.tokenizer to the model's own"
+        )
+    tokenizer.chat_template = chat_template(tokenizer, data.chat_template)
+    documents = load_documents(
+        data,
+        tokenizer,
+        context_length=model.options.context_length,
+        seed=train.seed,
+        eos_ids=model.eos_token_ids,
+    )
+    rows_per_step = train.per_device_train_batch_size * mesh.size * train.gradient_accumulation_steps
+    packing = packing_stats(
+        documents.train,
+        max_length=data.max_length,
+        max_segments=data.max_segments,
+        packing=data.packing,
+        seed=train.seed,
+        epochs=_epochs(config) or 1,
+        max_rows=train.max_steps * rows_per_step if train.max_steps > 0 else None,
+    )
+    total_steps = train.max_steps if train.max_steps > 0 else -(-packing.rows // rows_per_step)
+    if train.warmup_steps > total_steps:
+        raise UserError(
+            f"train.warmup_steps is {train.warmup_steps}, but the run has {total_steps} steps; lower it"
+        )
+    return Inputs(config, mesh, path, model, tokenizer, documents, packing, total_steps)
+
+
+class TrainingBatch(NamedTuple):
+    """A batch on the devices.
+
+    Attributes:
+        arrays: see lorajax.training.step.Batch.
+        tokens: that are not padding.
+        target_tokens: whose loss counts.
+        position: state of the data after this batch.
+    """
+
+    arrays: Batch
+    tokens: int
+    target_tokens: int
+    position: dict[str, Any]
+
+
+def training_batches(inputs: Inputs, position: dict[str, Any] | None) -> Generator[TrainingBatch, None, None]:
+    """Batches from the beginning, or from a position on; close it when done."""
+    shape = (inputs.config.train.gradient_accumulation_steps, inputs.rows_per_micro_batch)
+    iterator = iter(_batches(inputs, inputs.documents.train, shape, _epochs(inputs.config), shuffle=True))
+    try:
+        if position is not None:
+            iterator.set_state(position)
+        for batch in iterator:
+            yield TrainingBatch(*_on_devices(batch, inputs.mesh), iterator.get_state())
+    finally:
+        iterator.close()
+
+
+def evaluation_batches(inputs: Inputs) -> Generator[tuple[Batch, int, int], None, None]:
+    """The held-out documents once: (arrays, tokens, target tokens); arrays are [1, B, T]."""
+    assert inputs.documents.eval is not None
+    iterator = iter(
+        _batches(inputs, inputs.documents.eval, (1, inputs.rows_per_micro_batch), 1, shuffle=False)
+    )
+    try:
+        for batch in iterator:
+            yield _on_devices(batch, inputs.mesh)
+    finally:
+        iterator.close()
+
+
+def first_row(inputs: Inputs) -> dict[str, np.ndarray]:
+    """The first row of training, [T] arrays on the host."""
+    iterator = iter(_batches(inputs, inputs.documents.train, (1, 1), 1, shuffle=True))
+    try:
+        return {name: array[0, 0] for name, array in next(iterator).items()}
+    finally:
+        iterator.close()
+
+
+def _batches(
+    inputs: Inputs, documents: Documents, shape: tuple[int, int], epochs: int | None, *, shuffle: bool
+) -> Any:
+    data = inputs.config.data
+    return packed_batches(
+        documents,
+        batch_shape=shape,
+        max_length=data.max_length,
+        max_segments=data.max_segments,
+        packing=data.packing,
+        seed=inputs.config.train.seed,
+        shuffle=shuffle,
+        epochs=epochs,
+    )
+
+
+def _on_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> tuple[Batch, int, int]:
+    tokens, targets = int(np.sum(batch["segment_ids"] > 0)), int(np.sum(batch["weights"] > 0))
+    return jax.device_put(batch, rows(mesh)), tokens, targets
+
+
+def _epochs(config: Config) -> int | None:
+    """Passes over the data; None: as many as max_steps needs."""
+    return None if config.train.max_steps > 0 else config.train.num_train_epochs

@@ -1,0 +1,44 @@
+"""AdamW and the course of its learning rate, from the train section of the config."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from lorajax.config import TrainConfig
+
+
+def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate by number of updates made so far, as Transformers' schedulers give it.
+
+    It rises from 0 over warmup_steps, so the first of them changes nothing; then it falls to 0 at total_steps
+    (linear, cosine) or stays (constant).
+    """
+    peak, rest = train.learning_rate, max(total_steps - train.warmup_steps, 1)
+    after: optax.Schedule
+    if train.lr_scheduler_type == "linear":
+        after = optax.linear_schedule(peak, 0.0, rest)
+    elif train.lr_scheduler_type == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest)
+    else:
+        after = optax.constant_schedule(peak)
+    if train.warmup_steps == 0:
+        return after
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, train.warmup_steps), after], [train.warmup_steps]
+    )
+
+
+def adamw(train: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW (Loshchilov and Hutter, 2019); only matrices decay."""
+    update = optax.adamw(
+        schedule,
+        b1=train.adam_beta1,
+        b2=train.adam_beta2,
+        eps=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+        mask=lambda weights: jax.tree.map(lambda leaf: leaf.ndim > 1, weights),
+    )
+    if train.max_grad_norm == 0:
+        return update
+    return optax.chain(optax.clip_by_global_norm(train.max_grad_norm), update)

@@ -1,0 +1,110 @@
+"""The compiled programs of a run, each compiled once, before its first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from lorajax.data.cache import user_cache_folder
+from lorajax.sharding import replicated
+from lorajax.training.inputs import Inputs
+from lorajax.training.optimizer import adamw, learning_rate_schedule
+from lorajax.training.step import Batch, StepMetrics, TrainState, init_state, loss_sum, make_train_step
+from lorajax.training.weights import Weights, merge_weights
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, unless jax_compilation_cache_dir says otherwise."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(user_cache_folder() / "xla"))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of one device that a compiled program takes, in bytes (XLA's own analysis).
+
+    Attributes:
+        arguments: weights, optimizer state and batch.
+        temporaries: activations and scratch.
+        host: pinned memory of the host.
+    """
+
+    arguments: int
+    temporaries: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries
+
+
+@dataclass(frozen=True)
+class Program:
+    """The training step of a run, compiled.
+
+    Attributes:
+        step: (state, frozen, batch) -> (state, metrics); the state that goes in is gone afterwards.
+        memory: what it takes.
+    """
+
+    step: Callable[[TrainState, Weights, Batch], tuple[TrainState, StepMetrics]]
+    memory: Memory
+
+
+def first_state(inputs: Inputs, trainable: Weights) -> TrainState:
+    """The state before the first step, on the devices; it owns `trainable`."""
+    config = inputs.config
+    optimizer = adamw(config.train, learning_rate_schedule(config.train, inputs.total_steps))
+    state = init_state(
+        trainable,
+        optimizer,
+        seed=config.train.seed,
+        dtype=config.model.dtype,
+        tokens_per_step=inputs.rows_per_step * config.data.max_length,
+    )
+    return jax.device_put(state, replicated(inputs.mesh))
+
+
+def compile_step(inputs: Inputs, graph: Any, state: TrainState, frozen: Weights, batch: Batch) -> Program:
+    """Compile the training step for these shapes."""
+    config = inputs.config
+    schedule = learning_rate_schedule(config.train, inputs.total_steps)
+    full = config.train.mode == "full"
+    step = make_train_step(
+        graph,
+        adamw(config.train, schedule),
+        schedule,
+        mesh=inputs.mesh,
+        checkpointing=config.memory.checkpointing,
+        dropout=not full and config.lora.dropout > 0,
+        train_head=full,
+        scale_loss=config.model.dtype == "float16",
+    )
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated(inputs.mesh))
+    compiled = jitted.lower(state, frozen, batch).compile()
+    return Program(compiled, _memory(compiled))
+
+
+def make_evaluation(inputs: Inputs, graph: Any) -> Callable[[Weights, Weights, Batch], Float[Array, ""]]:
+    """(trainable, frozen, batch [1, B, T]) -> summed loss of the batch; compiled at its first use."""
+
+    @jax.jit
+    def evaluate(trainable: Weights, frozen: Weights, batch: Batch) -> Array:
+        model = merge_weights(graph, trainable, frozen)
+        return loss_sum(model, {name: array[0] for name, array in batch.items()}, mesh=inputs.mesh)
+
+    return evaluate
+
+
+def _memory(compiled: Any) -> Memory:
+    analysis = compiled.memory_analysis()
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return Memory(
+        analysis.argument_size_in_bytes + outputs,
+        analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes,
+        analysis.host_temp_size_in_bytes,
+    )
