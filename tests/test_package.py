@@ -1,0 +1,94 @@
+"""The package as it is installed: metadata, modules, commands, and the configs that come with it."""
+
+import subprocess
+import sys
+from importlib.metadata import metadata, requires, version
+from pathlib import Path
+
+import pytest
+
+from lorajax.config import load_config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_metadata():
+    assert version("lorajax") == "0.1.0"
+    assert metadata("lorajax")["Requires-Python"] == ">=3.11"
+    assert set(metadata("lorajax").get_all("Provides-Extra")) == {
+        "cuda12",
+        "cuda13",
+        "test",
+        "notebook",
+        "tracking",
+    }
+
+
+def test_torch_is_needed_by_tests_only():
+    for requirement in requires("lorajax") or []:
+        if requirement.startswith(("torch", "peft")):
+            assert 'extra == "test"' in requirement.replace("'", '"')
+
+
+@pytest.mark.parametrize(
+    "folder", [ROOT / "lorajax", ROOT / "kernels" / "lorajax_kernels"], ids=lambda path: path.name
+)
+def test_every_folder_of_modules_is_a_package(folder):
+    folders = {path.parent for path in folder.rglob("*.py")}
+    assert folders
+    assert [str(path) for path in folders if not (path / "__init__.py").exists()] == []
+
+
+def test_both_packages_are_found_from_another_folder(tmp_path):
+    code = "import lorajax, lorajax_kernels; print(lorajax.__file__, lorajax_kernels.__file__)"
+    result = run("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "lorajax" in result.stdout
+
+
+def test_configs_are_read_without_heavy_imports(tmp_path):
+    code = "import sys, lorajax.config; print({'transformers', 'datasets', 'torch'} & set(sys.modules))"
+    result = run("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "set()"
+
+
+def test_train_command_explains_itself_from_another_folder(tmp_path):
+    result = run("-m", "lorajax.train", "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "--train.learning_rate" in result.stdout
+    assert "--dry-run" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml: no such config file"),
+        (["--train.max_step=3"], "unknown key train.max_step; did you mean train.max_steps?"),
+    ],
+)
+def test_train_command_says_what_is_wrong_without_a_traceback(tmp_path, arguments, expected):
+    result = run("-m", "lorajax.train", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_load(path):
+    text = path.read_text(encoding="utf-8")
+    overrides = [] if path.stem == "quickstart" else ["--data.path", "org/data"]
+    config = load_config(path, overrides)
+    assert config.output.output_dir == str(ROOT / "runs" / path.stem)
+    header = text.partition("\nmodel:")[0]
+    assert f"python -m lorajax.train configs/{path.name}" in header
+    assert "Expected:" in header
+
+
+def test_there_are_configs():
+    assert {path.stem for path in CONFIGS} >= {"quickstart", "smollm2_135m", "pretrain_tiny"}
