@@ -12,18 +12,14 @@ on 2 cores in every case.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import subprocess
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from environment import environment
 
 from lorajax.config import DataConfig
 from lorajax.data import Documents, load_documents, load_tokenizer, packed_batches, packing_stats
@@ -94,25 +90,6 @@ def measure_file(path: str, tokenizer_path: str, max_length: int, max_segments: 
         }
 
 
-def environment() -> dict[str, Any]:
-    """What the figures depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit or None,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("grain", "numpy", "tokenizers", "transformers")},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -135,7 +112,8 @@ def main() -> None:
     }
     if arguments.data:
         cases["file"] = measure_file(arguments.data, arguments.tokenizer, length, segments)
-    result = {"benchmark": "data_pipeline", **environment(), "batch_shape": _BATCH_SHAPE, "cases": cases}
+    versions = environment("grain", "numpy", "tokenizers", "transformers")
+    result = {"benchmark": "data_pipeline", **versions, "batch_shape": _BATCH_SHAPE, "cases": cases}
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.out:

@@ -1,0 +1,43 @@
+"""What the figures of a benchmark depend on, for the head of its result file."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def environment(*packages: str, commit: str | None = None) -> dict[str, Any]:
+    """Date, commit, machine, and versions of Python and of these packages.
+
+    Args:
+        commit: of the code, where it runs from a copy that git knows nothing of.
+    """
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit or _commit(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+    folder = Path(__file__).parent
+    try:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
