@@ -49,6 +49,8 @@ def save_merged(model: Decoder, folder: str | Path) -> None:
                 documents = {_INDEX: index} | documents
             for name, document in documents.items():
                 (draft / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            for file in draft.glob("*.safetensors"):  # written for their owner alone
+                shutil.copymode(draft / "config.json", file)
             _move(draft, folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)

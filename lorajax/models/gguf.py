@@ -141,7 +141,8 @@ def _llama_config(file: Path, metadata: Metadata, stored: dict[str, ReaderTensor
             raise UserError(
                 f"{file}: rope_freqs.weight must have the shape [{head_dim // 2}], not {list(divisors.shape)}"
             )
-        hf_config["rope_divisors"] = divisors.tolist()
+        if (divisors != 1).any():
+            hf_config["rope_divisors"] = divisors.tolist()
     return hf_config
 
 
@@ -182,6 +183,8 @@ def rope_scaling_of(divisors: tuple[float, ...], *, theta: float, head_dim: int)
     if between.sum() < 2:
         return None
     slope, offset = np.polyfit(frequencies[between], share[between], 1)
+    if offset >= 0:
+        return None
     # s = (turns - 1) / (high - 1), where turns = context * f / 2 pi
     high = round(1 - 1 / float(offset), 4)
     context = round(float(slope) * (high - 1) * 2 * math.pi)

@@ -44,8 +44,8 @@ def assert_close(found, expected, tolerance):
 # Cached, so that a function already compiled is found again.
 @functools.cache
 def chunked(chunk, **options):
-    """The XLA path cut into chunks of so many tokens."""
-    settings = {"scale": H**-0.5, "window": None, "softcap": None, "max_segments": None}
+    """The XLA path cut into chunks of so many tokens, and these into sections as those of a long row are."""
+    settings = {"scale": H**-0.5, "window": None, "softcap": None, "max_segments": None, "sections": 4}
     return functools.partial(xla.xla_attention, chunk=chunk, **(settings | options))
 
 

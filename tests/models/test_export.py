@@ -50,6 +50,13 @@ def test_configs(write_llama, tmp_path):
     assert load(tmp_path / "merged").eos_token_ids == (2, 7)
 
 
+def test_all_files_have_the_same_permissions(write_llama, tmp_path):
+    save_merged(load(write_llama(tmp_path / "model")), tmp_path / "merged")
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "merged").iterdir()}
+    assert modes.keys() == {"config.json", "generation_config.json", "model.safetensors"}
+    assert len(set(modes.values())) == 1
+
+
 def test_the_newer_spelling_of_dtype_is_kept(write_llama, tmp_path):
     save_merged(load(write_llama(tmp_path / "model", dtype="float32")), tmp_path / "merged")
     merged = json.loads((tmp_path / "merged" / "config.json").read_text())

@@ -181,6 +181,19 @@ def test_divisors_as_a_llama3_rule(head_dim, theta, rule):
     assert rope_scaling_of(divisors, theta=theta, head_dim=head_dim) == LLAMA3 | rule
 
 
+def test_divisors_of_one_change_nothing(write_llama, tmp_path):
+    folder = write_llama(tmp_path, **SIZES)
+    file = write_gguf(folder, tensors={"rope_freqs.weight": np.ones(8, np.float32)})
+    assert outline(file).options == outline(folder).options
+
+
+@pytest.mark.parametrize(
+    "divisors", [(1.0, 8.0) * 8, (8.0,) * 16, (1.0, 2.0, 1.5, 3.0) * 4, (4.0, 2.0, 1.0) * 5]
+)
+def test_divisors_of_no_rule(divisors):
+    assert rope_scaling_of(divisors, theta=1e4, head_dim=2 * len(divisors)) is None
+
+
 def test_divisors_that_no_config_can_state(write_llama, tmp_path):
     divisors = llama3_divisors(32)
     divisors[5] *= 1.01

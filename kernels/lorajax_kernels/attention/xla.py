@@ -5,8 +5,8 @@ product is a plain batched GEMM and every row has one position. What is visible 
 keys, [first, position], because segments are contiguous.
 
 The queries are cut into chunks and the chunks into a few sections. A section sees a static slice of the
-keys, from its oldest visible key to its end: four sections skip three quarters of the work above the causal
-diagonal. Within a section the chunks run one after the other in a scan, so that neither the program nor the
+keys, from its oldest visible key to its end: the four of a long row skip three quarters of the work above
+the causal diagonal. Within a section the chunks run one after the other in a scan, so that neither the program nor the
 scores in memory grow with T^2.
 
 The backward pass recomputes the probabilities of a chunk from the log-sum-exp of each row (Dao et al., 2022,
@@ -28,9 +28,9 @@ from lorajax_kernels.precision import einsum
 # One chunk's scores, [B, N, chunk, T] in float32, take about this much; a chunk has MIN_CHUNK tokens or more.
 SCORE_BYTES = 128 * 2**20
 MIN_CHUNK, MAX_CHUNK = 128, 512
-# More sections skip more work but compile longer. A section of one chunk is no scan, and XLA could run it
-# along with others, with the scores of all of them in memory.
-MAX_SECTIONS, CHUNKS_PER_SECTION = 4, 2
+# Each section compiles for about a second per layer, so rows of few tokens get one and long ones up to four.
+# A section of one chunk is no scan, and XLA could run it along with others, with the scores of all in memory.
+TOKENS_PER_SECTION, MAX_SECTIONS, CHUNKS_PER_SECTION = 4096, 4, 2
 
 
 def xla_attention(
@@ -44,17 +44,21 @@ def xla_attention(
     softcap: float | None,
     max_segments: int | None,
     chunk: int | None = None,
+    sections: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """See lorajax_kernels.attention.
 
     Args:
         chunk: query tokens at a time; None chooses by the size of the scores.
+        sections: most sections; None chooses by the length of the row.
     """
     del max_segments
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
-    plan = _plan(length, chunk or default_chunk(batch, length, heads), group, scale, window, softcap)
+    chunk = chunk or default_chunk(batch, length, heads)
+    sections = sections or min(max(length // TOKENS_PER_SECTION, 1), MAX_SECTIONS)
+    plan = _plan(length, chunk, sections, group, scale, window, softcap)
     # Keys come before the queries that see them, so padding at the end is invisible to the real queries.
     pad = plan.length - length
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
@@ -106,7 +110,13 @@ class _Plan:
 
 
 def _plan(
-    length: int, chunk: int, group: int, scale: float, window: int | None, softcap: float | None
+    length: int,
+    chunk: int,
+    sections: int,
+    group: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> _Plan:
     chunks = -(-length // chunk)
     if chunks == 1:
@@ -114,15 +124,15 @@ def _plan(
     else:
         chunk = min(chunk, -(-length // (chunks * 8)) * 8)  # even chunks need less padding
         chunks = -(-length // chunk)
-    count = max(1, min(MAX_SECTIONS, chunks // CHUNKS_PER_SECTION))
-    sections = []
+    count = max(1, min(sections, chunks // CHUNKS_PER_SECTION))
+    cut = []
     start = 0
     for index in range(count):
         end = chunks * (index + 1) // count
         oldest = 0 if window is None else max(0, start * chunk - (window - 1))
-        sections.append(_Section(start, end - start, oldest, end * chunk))
+        cut.append(_Section(start, end - start, oldest, end * chunk))
         start = end
-    return _Plan(chunks * chunk, chunk * group, group, tuple(sections), scale, softcap)
+    return _Plan(chunks * chunk, chunk * group, group, tuple(cut), scale, softcap)
 
 
 Rows = Float[Array, "B K rows H"]
@@ -201,7 +211,8 @@ def _scores(plan: _Plan, section: _Section, q: Array, k: Array, first: Array, st
     position = (start + jnp.arange(plan.rows, dtype=jnp.int32)) // plan.group
     key = jnp.arange(section.first_key, section.end_key, dtype=jnp.int32)
     visible = (key >= first[:, :, None]) & (key <= position[:, None])  # [B, rows, S]
-    return jnp.where(visible[:, None], scores, -jnp.inf)
+    # Without the barrier XLA spends most of its compile time on fusing the softmax with the product.
+    return jax.lax.optimization_barrier(jnp.where(visible[:, None], scores, -jnp.inf))
 
 
 def _cut(plan: _Plan, x: Array, start: Array | int, axis: int = 2) -> Array:
