@@ -1,0 +1,43 @@
+"""The notebooks are valid, hold no outputs, and run from top to bottom (with fewer steps)."""
+
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def test_there_are_notebooks():
+    assert "01_quickstart" in {path.stem for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_stripped(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+
+
+def test_quickstart_runs(tmp_path):
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    (settings,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    settings.source += "\nmax_steps, max_new_tokens = 4, 16\n"
+    nbclient.NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+
+    assert "⟦" in _printed(notebook, "data") and "<|im_end|>⟧" in _printed(notebook, "data")
+    assert "4 steps in" in _printed(notebook, "report")
+    assert "adapter_model.safetensors" in _printed(notebook, "save")
+    assert (tmp_path / "runs" / "notebook" / "metrics.jsonl").is_file()
+    assert (tmp_path / "runs" / "merged" / "model.safetensors").is_file()
+    assert _printed(notebook, "merge").strip() in _printed(notebook, "after")
+
+
+def _printed(notebook, cell_id: str) -> str:
+    (cell,) = [cell for cell in notebook.cells if cell.id == cell_id]
+    return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
