@@ -7,7 +7,9 @@ is killed never leaves half of one, and the oldest goes only when the newest is 
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +56,7 @@ class Checkpoints:
         )
 
     def __enter__(self) -> Checkpoints:
+        logging.getLogger("absl").addFilter(_not_from_orbax)
         return self
 
     def __exit__(
@@ -66,6 +69,7 @@ class Checkpoints:
                 raise
         finally:
             self._manager.close()
+            logging.getLogger("absl").removeFilter(_not_from_orbax)
 
     def save(self, state: TrainState, position: Position) -> None:
         """Start writing a checkpoint; the state may be donated as soon as this returns.
@@ -164,7 +168,9 @@ def delete_after(folder: Path, step: int) -> list[int]:
     """Delete the checkpoints of later steps, newest first; gives their steps."""
     later = [other for other in steps(folder) if other > step]
     for other in reversed(later):
-        shutil.rmtree(folder / str(other))
+        # Under another name first, so that a kill leaves no half of a checkpoint; orbax clears up after it.
+        doomed = (folder / str(other)).rename(folder / f"{other}{ocp.utils.TMP_DIR_SUFFIX}")
+        shutil.rmtree(doomed)
     return later
 
 
@@ -175,11 +181,18 @@ def _leaves(state: TrainState) -> dict[str, jax.Array]:
     return leaves | {"key": jax.random.key_data(state.key)}
 
 
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """False for orbax' own account of a failed write, pages of traceback: our error says it in a line."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
 def _cause(error: BaseException) -> str:
-    """The first line of the innermost error, which says what the operating system refused."""
+    """What the operating system refused, else the first line of the innermost error."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
+    if number := re.search(r"os_error_code='(\d+)'", str(error)):  # an error of tensorstore
+        return os.strerror(int(number[1]))
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lorajax.config import Config, as_plain, load_config, save_config, validate
+from lorajax.config import Config, as_plain, load_config, validate
 from lorajax.errors import UserError
 from lorajax.generation import generate
 from lorajax.lora.peft import save_adapter
@@ -111,14 +111,14 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
         state = restore_state(checkpoint, state)
 
     folder = prepare_folder(config, checkpoint)
-    save_config(config, folder.config)
-    start = 0
-    if position is not None:
-        start = position.step
-        print(f"going on from {checkpoint}, step {start}")
-    truncate_metrics(folder.metrics, start)
-    if dropped := delete_after(folder.checkpoints, start):
-        print(f"deleted the checkpoints of later steps: {', '.join(map(str, dropped))}")
+    if position is None:
+        folder.metrics.unlink(missing_ok=True)
+    else:
+        print(f"going on from {checkpoint}, step {position.step}")
+        # The checkpoints first: a kill in between must not leave one whose metrics are gone.
+        if dropped := delete_after(folder.checkpoints, position.step):
+            print(f"deleted the checkpoints of later steps: {', '.join(map(str, dropped))}")
+        truncate_metrics(folder.metrics, position.step)
 
     try:
         state, step, totals, stopped_by = _train(inputs, folder, graph, state, frozen, position)
@@ -191,8 +191,9 @@ def _train(
         scaled = config.model.dtype == "float16"
         progress = Progress(log, start=step, total=total, logging_steps=output.logging_steps, scaled=scaled)
         stack.enter_context(contextlib.closing(progress))
-        checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, keep=output.save_total_limit))
+        # Outermost, so that no signal ends the process while the last checkpoint is written.
         stop = stack.enter_context(StopRequest())
+        checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, keep=output.save_total_limit))
         evaluate = _evaluator(inputs, graph, frozen, progress)
         if step == 0 and train.eval_steps > 0:
             evaluate(step, state)

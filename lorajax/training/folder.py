@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorajax.config import Config
+from lorajax.config import Config, save_config
 from lorajax.errors import UserError
 from lorajax.training import checkpoints
 
@@ -85,8 +85,15 @@ def check_folder(config: Config) -> Path | None:
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"output.output_dir: {folder.path} is a file")
     if resume == "auto":
-        there = checkpoints.steps(folder.checkpoints)
-        return folder.checkpoints / str(there[-1]) if there else None
+        if there := checkpoints.steps(folder.checkpoints):
+            return folder.checkpoints / str(there[-1])
+        if outcome := [path.name for path in (folder.adapter, folder.model) if path.exists()]:
+            raise UserError(
+                f"output.output_dir: {folder.path} holds another run ({outcome[0]}), but no checkpoint to go "
+                "on from (train.resume_from_checkpoint auto). To replace it, set "
+                "--output.overwrite_output_dir true instead; or choose another folder"
+            )
+        return None
     checkpoint = Path(resume).absolute() if resume else None
     if checkpoint is not None and not checkpoint.is_dir():
         raise UserError(f"train.resume_from_checkpoint: there is no folder {checkpoint}")
@@ -101,14 +108,25 @@ def check_folder(config: Config) -> Path | None:
 
 
 def prepare_folder(config: Config, checkpoint: Path | None) -> RunFolder:
-    """Make the folder ready for a run that starts, or goes on from a checkpoint (see check_folder)."""
+    """Make the folder ready for a run that starts, or goes on from a checkpoint (see check_folder).
+
+    config.yaml is the new one, or, where that cannot be written, the old one.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     folder = RunFolder(Path(config.output.output_dir).absolute())
     goes_on_here = checkpoint is not None and checkpoint.resolve().parent == folder.checkpoints.resolve()
-    if config.output.overwrite_output_dir and not goes_on_here:
-        for path in folder.contents():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     try:
+        if config.output.overwrite_output_dir and not goes_on_here:
+            for path in folder.contents():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         folder.path.mkdir(parents=True, exist_ok=True)
+        unfinished = folder.config.with_suffix(".tmp")
+        save_config(config, unfinished)
+        unfinished.replace(folder.config)
     except OSError as error:
-        raise UserError(f"output.output_dir: {folder.path} cannot be made: {error.strerror}") from error
+        raise UserError(
+            f"output.output_dir: {folder.path} cannot be written: {error.strerror or error}"
+        ) from error
     return folder

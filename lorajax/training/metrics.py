@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import resource
@@ -31,14 +32,26 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Append a row.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: the row of step {row['step']} could not be written ({error.strerror}). Make "
+                "room, then go on with --train.resume_from_checkpoint auto"
+            ) from error
         values = {name: value for name, value in row.items() if name != "step" and value is not None}
         for tracker in self._trackers:
             tracker.log(values, row["step"])
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was reported when it was written
+            self._file.close()
         for tracker in self._trackers:
             tracker.close()
 

@@ -137,7 +137,7 @@ def make_train_step(
             train_head=train_head,
             loss_scale=scale,
         )
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         metrics = StepMetrics(loss, norm, jnp.asarray(schedule(state.updates), jnp.float32), scale)
         # A step that is not finite leaves everything as it was, so that the last good state can be kept.
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)

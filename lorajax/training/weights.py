@@ -29,7 +29,7 @@ def split_weights(model: Decoder, mode: str) -> tuple[Any, Weights, Weights]:
 def merge_weights(graph: Any, *weights: Weights) -> Decoder:
     """The model again, from split_weights' graph and dicts that hold all arrays between them."""
     leaves: Any = {_path(name): leaf for part in weights for name, leaf in part.items()}
-    return nnx.merge(graph, nnx.State.from_flat_path(leaves))
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
 def count(weights: Weights) -> int:
