@@ -146,21 +146,23 @@ def restore_state(checkpoint: Path, like: TrainState) -> TrainState:
     Raises:
         UserError: it cannot be read, or is of another structure.
     """
-    leaves = _leaves(like)
+    leaves, folder = _leaves(like), checkpoint / _STATE
     try:
-        restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
-            checkpoint / _STATE,
-            item=leaves,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(leaves),
-        )
+        stored = {
+            name: array.shape for name, array in ocp.PyTreeCheckpointHandler().metadata(folder).tree.items()
+        }
+        differing = _differing(stored, {name: leaf.shape for name, leaf in leaves.items()})
+        if not differing:
+            restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
+                folder, item=leaves, restore_args=ocp.checkpoint_utils.construct_restore_args(leaves)
+            )
     except Exception as error:
         raise UserError(f"{checkpoint}: the checkpoint cannot be read: {_cause(error)}") from error
-    for name, leaf in leaves.items():
-        if restored[name].shape != leaf.shape:
-            raise UserError(
-                f"{checkpoint}: {name} has shape {restored[name].shape}, but this run needs {leaf.shape}"
-            )
-    restored["key"] = jax.random.wrap_key_data(restored["key"])
+    if differing:
+        more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UserError(
+            f"{checkpoint} does not fit this run's model and settings: {'; '.join(differing[:4])}{more}"
+        )
     return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in leaves])
 
 
@@ -177,8 +179,17 @@ def delete_after(folder: Path, step: int) -> list[int]:
 def _leaves(state: TrainState) -> dict[str, jax.Array]:
     """The state's arrays by readable names, so that a checkpoint does not depend on optax' classes."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-    return leaves | {"key": jax.random.key_data(state.key)}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def _differing(stored: dict[str, tuple[int, ...]], needed: dict[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with the shapes of stored arrays, a sentence each."""
+    wrong = [
+        f"{name} has shape {stored[name]}, not {shape}" if name in stored else f"{name} is missing"
+        for name, shape in needed.items()
+        if stored.get(name) != shape
+    ]
+    return wrong + [f"{name} is not part of it" for name in stored if name not in needed]
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

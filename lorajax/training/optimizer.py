@@ -32,8 +32,8 @@ def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedu
 
 def adamw(train: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (Loshchilov and Hutter, 2019); only matrices decay."""
-    # optax computes 1 - beta as given, but 1 - beta**count in float32. They agree for a beta that float32 holds;
-    # with 0.999 itself, hundreds of steps would be too short by 6e-6 of their length.
+    # optax computes 1 - beta as given, but 1 - beta**count in float32. They agree for a beta that float32
+    # holds; with 0.999 itself, hundreds of steps would be too short by 6e-6 of their length.
     beta1, beta2 = float(np.float32(train.adam_beta1)), float(np.float32(train.adam_beta2))
     update = optax.adamw(
         schedule,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt32
 from lorajax_kernels import linear_cross_entropy
 
 from lorajax.models.decoder import Decoder
@@ -50,14 +50,15 @@ class TrainState(NamedTuple):
         trainable: float32 leaves.
         opt_state: optax's, over `trainable`.
         updates: updates made so far; a step whose gradient is not finite makes none.
-        key: of the dropout; each update folds its number in.
+        key: data of the dropout's key (jax.random.key_data); each update folds its number in. With a typed
+            key among its results the step would miss JAX' fast path of dispatch.
         loss_scale: see LossScale.
     """
 
     trainable: Weights
     opt_state: Any
     updates: Int[Array, ""]
-    key: Key[Array, ""]
+    key: UInt32[Array, " words"]
     loss_scale: LossScale
 
 
@@ -98,7 +99,7 @@ def init_state(
         trainable,
         optimizer.init(trainable),
         jnp.zeros((), jnp.int32),
-        jax.random.key(seed),
+        jax.random.key_data(jax.random.key(seed)),
         LossScale(jnp.asarray(scale, jnp.float32), jnp.zeros((), jnp.int32)),
     )
 
@@ -133,7 +134,7 @@ def make_train_step(
             batch,
             mesh=mesh,
             checkpointing=checkpointing,
-            dropout_key=jax.random.fold_in(state.key, state.updates) if dropout else None,
+            dropout_key=_update_key(state) if dropout else None,
             train_head=train_head,
             loss_scale=scale,
         )
@@ -232,6 +233,10 @@ def loss_sum(
         return loss[None]
 
     return jnp.sum(sum_per_device(hidden, model.head_weight, rows["targets"], rows["weights"]))
+
+
+def _update_key(state: TrainState) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.updates)
 
 
 def _next_loss_scale(current: LossScale, finite: Array) -> LossScale:

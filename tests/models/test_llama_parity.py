@@ -1,4 +1,4 @@
-"""Float32 logits equal those of transformers for every option of the family (DESIGN.md, invariant 1)."""
+"""Float32 logits equal those of transformers for every option of the family."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A document's logits and gradients are the same alone and on a packed row (DESIGN.md, invariant 2).
+"""A document's logits and gradients are the same alone and on a packed row.
 
 Every token of the texts has an id of its own, so the gradient of the embedding table shows the gradient at
 each single token. RoPE is of the dynamic kind, the only one that looks at lengths. Rows are long enough for

@@ -6,8 +6,8 @@ keys, [first, position], because segments are contiguous.
 
 The queries are cut into chunks and the chunks into a few sections. A section sees a static slice of the
 keys, from its oldest visible key to its end: the four of a long row skip three quarters of the work above
-the causal diagonal. Within a section the chunks run one after the other in a scan, so that neither the program nor the
-scores in memory grow with T^2.
+the causal diagonal. Within a section the chunks run one after the other in a scan, so that neither the
+program nor the scores in memory grow with T^2.
 
 The backward pass recomputes the probabilities of a chunk from the log-sum-exp of each row (Dao et al., 2022,
 FlashAttention) and sums dk and dv in float32.
