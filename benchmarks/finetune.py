@@ -33,7 +33,8 @@ def summary(result: Result, seconds: float) -> dict[str, Any]:
     """The figures of a run; rates leave out the first step, in which the device warms up."""
     rows = [row for row in result.metrics if "loss" in row]
     rates = [row["tokens_per_second"] for row in rows[1:]]
-    held_out = [row["eval_loss"] for row in result.metrics if "eval_loss" in row]
+    held_out = {row["step"]: row["eval_loss"] for row in result.metrics if "eval_loss" in row}
+    few = min(10, max(len(rows) // 2, 1))
     return {
         "steps": result.steps,
         "seconds_in_all": round(seconds, 1),
@@ -42,10 +43,10 @@ def summary(result: Result, seconds: float) -> dict[str, Any]:
         "median_tokens_per_second": round(statistics.median(rates)),
         "mean_tokens_per_second_with_first_step": round(result.tokens_per_second),
         "peak_memory_bytes": result.peak_memory_bytes,
-        "first_10_steps_loss": round(statistics.fmean(row["loss"] for row in rows[:10]), 4),
-        "last_10_steps_loss": round(statistics.fmean(row["loss"] for row in rows[-10:]), 4),
-        "held_out_loss_before": round(held_out[0], 4) if held_out else None,
-        "held_out_loss_after": round(held_out[-1], 4) if held_out else None,
+        f"first_{few}_steps_loss": round(statistics.fmean(row["loss"] for row in rows[:few]), 4),
+        f"last_{few}_steps_loss": round(statistics.fmean(row["loss"] for row in rows[-few:]), 4),
+        "held_out_loss_before": round(held_out[0], 4) if 0 in held_out else None,
+        "held_out_loss_after": round(held_out[max(held_out)], 4) if held_out else None,
     }
 
 

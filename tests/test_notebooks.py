@@ -22,7 +22,11 @@ def test_notebook_is_stripped(path):
     assert not any(cell.outputs or cell.execution_count for cell in code)
 
 
-def test_quickstart_runs(tmp_path):
+def test_quickstart_runs(tmp_path, monkeypatch):
+    # A program that a cell compiles serves those after it, and the user's caches stay as they are.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
     (settings,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     settings.source += "\nmax_steps, max_new_tokens = 4, 16\n"

@@ -322,10 +322,10 @@ def _closing_line(result: Result, folder: RunFolder, config: Config) -> str:
     parts = [f"{result.steps} steps"]
     if result.seconds:
         parts.append(f"{result.seconds:.1f} s of training, {result.tokens_per_second:,.0f} tokens/s")
-    if losses:
-        parts.append(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    if held_out:
-        parts.append(f"held-out loss {held_out[0]:.3f} -> {held_out[-1]:.3f}")
+    for name, values in (("loss", losses), ("held-out loss", held_out)):
+        if values:
+            first_and_last = values if len(values) == 1 else (values[0], values[-1])
+            parts.append(f"{name} {' -> '.join(f'{value:.3f}' for value in first_and_last)}")
     parts.append(f"peak memory {gib(result.peak_memory_bytes)}")
     where = folder.adapter if config.train.mode == "lora" else folder.model
     return f"\n{'; '.join(parts)}\nwritten to {where}"

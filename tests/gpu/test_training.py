@@ -1,0 +1,120 @@
+"""The XLA path on the GPU: packed attention, checkpointing, and a run that learns within its plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lorajax_kernels import attention
+
+from lorajax.config import load_config
+from lorajax.lora.config import LoRAConfig
+from lorajax.models.checkpoint import load
+from lorajax.sharding import data_mesh
+from lorajax.training import fit
+from lorajax.training.step import loss_and_gradient
+from lorajax.training.weights import split_weights
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+LENGTHS = (700, 1, 347)  # of the documents on each row of 1024 plus 24 of padding
+
+
+def packed_rows(rows: int, vocab: int) -> dict[str, np.ndarray]:
+    """int32 [1, rows, 1072]: the documents of LENGTHS, their last tokens being targets."""
+    rng = np.random.default_rng(0)
+    segments = np.repeat([1, 2, 3, 0], [*LENGTHS, 24])
+    positions = np.concatenate([np.arange(length) for length in (*LENGTHS, 24)])
+    shape = (1, rows, len(segments))
+    weights = np.broadcast_to((segments > 0) & (positions % 3 > 0), shape)
+    return {
+        "tokens": rng.integers(0, vocab, shape, dtype=np.int32),
+        "targets": rng.integers(0, vocab, shape, dtype=np.int32),
+        "segment_ids": np.broadcast_to(segments, shape).astype(np.int32),
+        "positions": np.broadcast_to(positions, shape).astype(np.int32),
+        "weights": weights.astype(np.float32),
+    }
+
+
+def relative(found: list[jax.Array], expected: list[jax.Array]) -> float:
+    """Norm of the difference over the norm of what is expected, over all arrays."""
+    pairs = [
+        (np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(found, expected, strict=True)
+    ]
+    size = np.linalg.norm([np.linalg.norm(b) for _, b in pairs])
+    assert size > 0
+    return float(np.linalg.norm([np.linalg.norm(a - b) for a, b in pairs]) / size)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_attention_is_that_of_the_dense_reference(dtype, tolerance, figure):
+    rng = np.random.default_rng(1)
+    q, k, v, cotangent = (jnp.asarray(rng.normal(size=(2, 1072, n, 64)), dtype) for n in (9, 3, 3, 9))
+    segment_ids = jnp.asarray(packed_rows(2, 7)["segment_ids"][0])
+    real = segment_ids[..., None, None] > 0
+
+    def run(implementation, *operands):
+        def output(q, k, v):
+            return jnp.where(real, attention(q, k, v, segment_ids, implementation=implementation), 0)
+
+        out, vjp = jax.vjp(output, *operands)
+        return [out, *vjp(cotangent.astype(out.dtype))]
+
+    expected = run("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
+    error = relative(run("xla", q, k, v), expected)
+    figure(f"xla attention, {dtype}: error against the reference", f"{error:.1e} (<= {tolerance:.0e})")
+    assert error <= tolerance
+
+
+def test_recomputed_and_offloaded_gradients_equal_saved(llama_folder, figure):
+    model = load(llama_folder, lora=LoRAConfig(rank=4, alpha=8), dtype="float32")
+    for index, linear in enumerate(model.linears().values()):
+        linear.lora_b[...] = 0.3 * jax.random.normal(jax.random.key(index), linear.lora_b[...].shape)
+    graph, trainable, frozen = split_weights(model, "lora")
+    batch = packed_rows(2, 300)
+
+    def gradient(checkpointing):
+        def run(trainable, frozen, batch):
+            return loss_and_gradient(
+                graph, trainable, frozen, batch, mesh=data_mesh(), checkpointing=checkpointing
+            )[1]
+
+        compiled = jax.jit(run).lower(trainable, frozen, batch).compile()
+        host = compiled.memory_analysis().host_temp_size_in_bytes
+        return jax.tree.leaves(compiled(trainable, frozen, batch)), host
+
+    saved, nothing = gradient("none")
+    assert nothing == 0
+    for checkpointing in ("full", "offload"):
+        found, host = gradient(checkpointing)
+        error = relative(found, saved)
+        figure(
+            f"checkpointing {checkpointing}: gradient against none",
+            f"{error:.1e} (<= 2e-6), {host:,} B on the host",
+        )
+        assert error <= 2e-6
+        assert (host > 0) == (checkpointing == "offload")
+
+
+def test_the_quickstart_learns_within_its_plan(tmp_path, figure, capsys):
+    config = load_config(CONFIGS / "quickstart.yaml")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dtype="bfloat16"),
+        output=dataclasses.replace(config.output, output_dir=str(tmp_path / "run")),
+    )
+    result = fit(config)
+    losses = [row["loss"] for row in result.metrics if "loss" in row]
+    ratio = np.mean(losses[-10:]) / np.mean(losses[:10])
+    planned = float(re.search(r"memory +([\d.]+) GiB a device", capsys.readouterr().out)[1])
+    figure("quickstart: loss of the last 10 steps over that of the first", f"{ratio:.3f} (<= 0.9)")
+    figure("quickstart: tokens/s", f"{result.tokens_per_second:,.0f}")
+    figure(
+        "quickstart: GiB planned for a step, peak of the run",
+        f"{planned:.2f}, {result.peak_memory_bytes / 2**30:.2f}",
+    )
+    assert ratio <= 0.9
