@@ -22,6 +22,7 @@ def test_notebook_is_stripped(path):
     assert not any(cell.outputs or cell.execution_count for cell in code)
 
 
+@pytest.mark.slow
 def test_quickstart_runs(tmp_path, monkeypatch):
     # A program that a cell compiles serves those after it, and the user's caches stay as they are.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))

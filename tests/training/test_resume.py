@@ -398,6 +398,7 @@ def wait_for_moment(
         time.sleep(rng.uniform(0, 0.1) if kind == "in a checkpoint" else 0)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_exactly(trainer, assert_as_alone, tmp_path):
     seed = random.randrange(2**32)
     print("seed of the moments:", seed)
@@ -415,6 +416,7 @@ def test_a_run_killed_at_any_moment_goes_on_exactly(trainer, assert_as_alone, tm
     assert_as_alone(folder)
 
 
+@pytest.mark.slow
 def test_sigterm_and_ctrl_c_write_a_checkpoint_and_leave(
     trainer, assert_as_alone, exact_metrics, alone, tmp_path
 ):
@@ -432,6 +434,7 @@ def test_sigterm_and_ctrl_c_write_a_checkpoint_and_leave(
     assert_as_alone(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process' files")
 def test_a_full_disk_during_a_checkpoint_keeps_the_last_one(trainer, assert_as_alone, tmp_path):
     folder = tmp_path / "run"
