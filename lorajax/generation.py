@@ -300,7 +300,8 @@ def _prefill(
     def attend(q: Array, k: Array, v: Array) -> Array:
         space = ((0, 0), (0, room), (0, 0), (0, 0))
         caches.append((jnp.pad(k, space), jnp.pad(v, space)))
-        return attention(q, k, v, segment_ids, implementation=model.attention_implementation)
+        # A prompt, and its padding.
+        return attention(q, k, v, segment_ids, max_segments=2, implementation=model.attention_implementation)
 
     hidden = _hidden_states(model, prompts, positions, final_lengths, attend)
     answers = _Answers(

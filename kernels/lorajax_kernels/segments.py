@@ -6,7 +6,7 @@ them, and no [T, T] mask is ever built here. Id 0 (padding, by convention) is a 
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 
 def bounds(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
@@ -21,7 +21,7 @@ def bounds(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array
     """
     length = segment_ids.shape[1]
     index = jnp.arange(length, dtype=jnp.int32)
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]  # [B, T-1]
+    changes = _changes(segment_ids)
     is_first = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
     is_last = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
     k_start = jax.lax.cummax(jnp.where(is_first, index, 0), axis=1)
@@ -39,3 +39,31 @@ def lengths(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Number of tokens of each token's segment, int32."""
     k_start, q_end = bounds(segment_ids)
     return q_end - k_start
+
+
+def ranks(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Which segment of its row each token belongs to, counted from 0, int32."""
+    return jnp.cumsum(jnp.pad(_changes(segment_ids), ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+
+
+def starts_and_lengths(
+    segment_ids: Int[Array, "B T"], max_segments: int
+) -> tuple[Int[Array, "B M"], Int[Array, "B M"]]:
+    """Start and length of the segments of each row, int32, in M = max_segments places.
+
+    A row of fewer segments ends in segments of length 0 that start at T. Of a row of more, those after the
+    first M are left out; `jnp.max(ranks(segment_ids)) < max_segments` tells.
+    """
+    batch, length = segment_ids.shape
+    k_start, q_end = bounds(segment_ids)
+    row, rank = jnp.arange(batch)[:, None], ranks(segment_ids)
+    # All tokens of a segment write the same values to its place.
+    empty = jnp.full((batch, max_segments), length, jnp.int32)
+    starts = empty.at[row, rank].set(k_start, mode="drop")
+    lengths = jnp.zeros_like(empty).at[row, rank].set(q_end - k_start, mode="drop")
+    return starts, lengths
+
+
+def _changes(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T1"]:
+    """Does another segment begin at the token after this one? T1 = T - 1."""
+    return segment_ids[:, 1:] != segment_ids[:, :-1]

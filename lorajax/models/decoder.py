@@ -265,6 +265,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         *,
+        max_segments: int | None = None,
         dropout_key: PRNGKeyArray | None = None,
         checkpointing: str = "none",
     ) -> Float[Array, "B T D"]:
@@ -276,6 +277,7 @@ class Decoder(nnx.Module):
                 Default: one document per row.
             positions: position of each token in its document. Default: counted from the start of each
                 segment.
+            max_segments: most segments on a row, padding included; some attention kernels need a bound.
             dropout_key: key of the adapters' dropout; None switches it off.
             checkpointing: what the backward pass recomputes or fetches (lorajax.memory.layers).
         """
@@ -284,9 +286,12 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = segments.positions(segment_ids)
         rotation = self.rotation(positions, segments.lengths(segment_ids))
-        attend = functools.partial(
-            _attend_within_segments, segment_ids=segment_ids, implementation=self.attention_implementation
-        )
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            return attention(
+                q, k, v, segment_ids, max_segments=max_segments, implementation=self.attention_implementation
+            )
+
         return self.run(tokens, rotation, attend, dropout_key=dropout_key, checkpointing=checkpointing)
 
     def run(
@@ -339,7 +344,3 @@ class Decoder(nnx.Module):
 def _compiled_logits(graph, state, tokens, segment_ids, positions):
     model = nnx.merge(graph, state)
     return model.logits(model.hidden_states(tokens, segment_ids, positions))
-
-
-def _attend_within_segments(q, k, v, *, segment_ids, implementation):
-    return attention(q, k, v, segment_ids, implementation=implementation)

@@ -92,13 +92,13 @@ def _device() -> str:
 def _attention(inputs: Inputs) -> str:
     options, rows = inputs.outline.options, inputs.config.train.per_device_train_batch_size
     length, dtype = inputs.config.data.max_length, inputs.outline.dtype
+    asked = inputs.outline.attention_implementation
     q = jax.ShapeDtypeStruct((rows, length, options.num_heads, options.head_dim), dtype)
     k = jax.ShapeDtypeStruct((rows, length, options.num_kv_heads, options.head_dim), dtype)
     segment_ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     name, refused = choose_attention(
-        q, k, k, segment_ids, implementation=inputs.outline.attention_implementation
+        q, k, k, segment_ids, max_segments=inputs.max_segments, implementation=asked
     )
-    asked = inputs.outline.attention_implementation
     why = "; ".join(f"not {other}: {reason}" for other, reason in refused.items())
     return f"{name} ({'chosen automatically' if asked == 'auto' else 'as asked'}{'; ' if why else ''}{why})"
 

@@ -65,6 +65,11 @@ class Inputs:
         return self.rows_per_micro_batch * self.config.train.gradient_accumulation_steps
 
     @property
+    def max_segments(self) -> int:
+        """Most segments on a row: its documents, and its padding."""
+        return (self.config.data.max_segments if self.config.data.packing else 1) + 1
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What must stay the same for a run to go on exactly from a checkpoint."""
         data, train, lora = self.config.data, self.config.train, self.config.lora

@@ -80,6 +80,7 @@ def compile_step(inputs: Inputs, graph: Any, state: TrainState, frozen: Weights,
         schedule,
         mesh=inputs.mesh,
         checkpointing=config.memory.checkpointing,
+        max_segments=inputs.max_segments,
         dropout=not full and config.lora.dropout > 0,
         train_head=full,
         scale_loss=config.model.dtype == "float16",
@@ -95,7 +96,8 @@ def make_evaluation(inputs: Inputs, graph: Any) -> Callable[[Weights, Weights, B
     @jax.jit
     def evaluate(trainable: Weights, frozen: Weights, batch: Batch) -> Array:
         model = merge_weights(graph, trainable, frozen)
-        return loss_sum(model, {name: array[0] for name, array in batch.items()}, mesh=inputs.mesh)
+        rows = {name: array[0] for name, array in batch.items()}
+        return loss_sum(model, rows, mesh=inputs.mesh, max_segments=inputs.max_segments)
 
     return evaluate
 

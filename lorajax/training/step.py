@@ -111,6 +111,7 @@ def make_train_step(
     *,
     mesh: Mesh,
     checkpointing: str,
+    max_segments: int | None = None,
     dropout: bool,
     train_head: bool,
     scale_loss: bool,
@@ -120,6 +121,7 @@ def make_train_step(
     Args:
         graph: of split_weights.
         checkpointing: as in lorajax.memory.layers.
+        max_segments: as in Decoder.hidden_states.
         dropout: apply the adapters' dropout.
         train_head: the head's weight is among the trainable ones.
         scale_loss: adapt the loss scale (float16).
@@ -134,6 +136,7 @@ def make_train_step(
             batch,
             mesh=mesh,
             checkpointing=checkpointing,
+            max_segments=max_segments,
             dropout_key=_update_key(state) if dropout else None,
             train_head=train_head,
             loss_scale=scale,
@@ -163,6 +166,7 @@ def loss_and_gradient(
     *,
     mesh: Mesh,
     checkpointing: str,
+    max_segments: int | None = None,
     dropout_key: Key[Array, ""] | None = None,
     train_head: bool = False,
     loss_scale: Float[Array, ""] | float = 1.0,
@@ -178,7 +182,13 @@ def loss_and_gradient(
         model = merge_weights(graph, trainable, frozen)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         loss = loss_sum(
-            model, rows, mesh=mesh, checkpointing=checkpointing, dropout_key=key, train_head=train_head
+            model,
+            rows,
+            mesh=mesh,
+            checkpointing=checkpointing,
+            max_segments=max_segments,
+            dropout_key=key,
+            train_head=train_head,
         )
         return loss * loss_scale, loss
 
@@ -204,6 +214,7 @@ def loss_sum(
     *,
     mesh: Mesh,
     checkpointing: str = "none",
+    max_segments: int | None = None,
     dropout_key: Key[Array, ""] | None = None,
     train_head: bool = False,
 ) -> Float[Array, ""]:
@@ -212,6 +223,7 @@ def loss_sum(
         rows["tokens"],
         rows["segment_ids"],
         rows["positions"],
+        max_segments=max_segments,
         dropout_key=dropout_key,
         checkpointing=checkpointing,
     )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from lorajax_kernels import attention, cached_attention, choose_attention
 from lorajax_kernels.attention import xla
+from lorajax_kernels.device import Implementation
 
 B, H = 2, 8
 # Two rows with one-token segments at both ends and in the middle, and padding; no chunk divides T = 37.
@@ -199,7 +200,7 @@ def test_saving_the_named_residuals_avoids_a_second_forward_pass():
 
 def test_choice_names_the_first_that_can_serve_and_says_why_not_the_others(monkeypatch, caplog):
     package = sys.modules["lorajax_kernels.attention"]  # the function of that name hides it
-    refusing = package.Implementation("picky", lambda problem: f"no head_dim {problem.head_dim}", None)
+    refusing = Implementation("picky", lambda problem, device: f"no head_dim {problem.head_dim}", None)
     monkeypatch.setattr(package, "_IMPLEMENTATIONS", (refusing, *package._IMPLEMENTATIONS))
     q, k, v, _ = qkv(4, 2)
     with caplog.at_level(logging.INFO, "lorajax_kernels"):
@@ -214,8 +215,8 @@ def test_choice_names_the_first_that_can_serve_and_says_why_not_the_others(monke
 
 def test_unknown_implementation_lists_the_known_ones():
     q, k, v, _ = qkv(4, 2)
-    assert lorajax_kernels.attention_implementations() == ("xla", "reference")
-    with pytest.raises(ValueError, match="implementation 'flash'; known: auto, xla, reference"):
+    assert lorajax_kernels.attention_implementations() == ("xla", "reference", "cudnn")
+    with pytest.raises(ValueError, match="implementation 'flash'; known: auto, xla, reference, cudnn"):
         attention(q, k, v, SEGMENT_IDS, implementation="flash")
 
 

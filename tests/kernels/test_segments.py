@@ -48,6 +48,24 @@ def test_segments_agree_with_dense_mask(segment_ids):
         np.testing.assert_array_equal(lengths[b], mask.sum(1) + mask.sum(0) - 1)
 
 
+@settings(max_examples=40, deadline=None)
+@given(packed_rows(), st.sampled_from((1, 3, 16)))
+def test_places_of_segments_agree_with_dense_mask(segment_ids, max_segments):
+    places = jax.jit(segments.starts_and_lengths, static_argnums=1)(segment_ids, max_segments)
+    starts, lengths = map(np.asarray, places)
+    ranks = np.asarray(jax.jit(segments.ranks)(segment_ids))
+    assert {x.dtype for x in (starts, lengths, ranks)} == {np.dtype(np.int32)}
+    assert starts.shape == lengths.shape == (2, max_segments)
+    for b, row in enumerate(segment_ids):
+        mask = dense_mask(row)
+        first = np.flatnonzero(mask.sum(1) == 1)  # sees only itself
+        kept = first[:max_segments]
+        rest = max_segments - len(kept)
+        np.testing.assert_array_equal(starts[b], [*kept, *[len(row)] * rest])
+        np.testing.assert_array_equal(lengths[b], [*mask.sum(0)[kept], *[0] * rest])
+        np.testing.assert_array_equal(first[ranks[b]], mask.argmax(1))
+
+
 @settings(max_examples=30, deadline=None)
 @given(packed_rows(), st.sampled_from((None, 1, 3)))
 def test_reference_mask_agrees_with_dense_mask(segment_ids, window):

@@ -1,31 +1,30 @@
 """Causal attention within segments: one entry point, several implementations, a rule that picks."""
 
-import functools
-import logging
 import math
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lorajax_kernels.attention import cudnn
 from lorajax_kernels.attention.cached import cached_attention
-from lorajax_kernels.attention.implementation import Choice, Implementation, Problem
+from lorajax_kernels.attention.problem import Problem
 from lorajax_kernels.attention.reference import reference_attention
 from lorajax_kernels.attention.xla import xla_attention
+from lorajax_kernels.device import Choice, Device, Implementation, choose
 
-__all__ = ["Choice", "attention", "attention_implementations", "cached_attention", "choose_attention"]
-
-_log = logging.getLogger("lorajax_kernels")
+__all__ = ["attention", "attention_implementations", "cached_attention", "choose_attention"]
 
 
-def _anywhere(problem: Problem) -> None:
+def _anywhere(problem: Problem, device: Device) -> None:
     """Serves every problem on every device."""
 
 
-# "auto" takes the first that can serve.
-_IMPLEMENTATIONS = (
+# "auto" takes the first that can serve: the fastest first, as measured. What is not measured yet comes last.
+_IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
     Implementation("xla", _anywhere, xla_attention),
     Implementation("reference", _anywhere, reference_attention),
+    Implementation("cudnn", cudnn.why_not, cudnn.cudnn_attention),
 )
 
 
@@ -102,11 +101,13 @@ def choose_attention(
     softcap: float | None = None,
     max_segments: int | None = None,
     implementation: str = "auto",
+    device: Device | None = None,
 ) -> Choice:
-    """Which implementation `attention` runs for these arguments on this machine.
+    """Which implementation `attention` runs for these arguments.
 
     Args:
         q, k, v, segment_ids: arrays or jax.ShapeDtypeStruct, as in `attention`; so are the options.
+        device: where it is to run; None: the current one.
 
     Returns:
         (name, refused); `refused` maps each implementation tried before to the reason why it cannot serve. An
@@ -116,27 +117,7 @@ def choose_attention(
         ValueError: as in `attention`.
     """
     problem = _problem(q, k, v, segment_ids, window, softcap, max_segments)
-    if implementation != "auto":
-        for known in _IMPLEMENTATIONS:
-            if known.name == implementation:
-                if reason := known.is_supported(problem):
-                    raise ValueError(f"attention implementation {implementation!r} cannot serve: {reason}")
-                return Choice(implementation, {})
-        names = ", ".join(("auto", *attention_implementations()))
-        raise ValueError(f"unknown attention implementation {implementation!r}; known: {names}")
-    refused: dict[str, str] = {}
-    for known in _IMPLEMENTATIONS:
-        reason = known.is_supported(problem)
-        if reason is None:
-            _log_once(known.name, "; ".join(f"not {name}: {why}" for name, why in refused.items()))
-            return Choice(known.name, refused)
-        refused[known.name] = reason
-    raise ValueError(f"no attention implementation can serve: {refused}")
-
-
-@functools.cache
-def _log_once(name: str, refused: str) -> None:
-    _log.info("attention: %s%s", name, f" ({refused})" if refused else "")
+    return choose("attention", _IMPLEMENTATIONS, problem, implementation=implementation, device=device)
 
 
 def _problem(

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from lorajax_kernels import segments
 from lorajax_kernels.precision import einsum
 
 
 def mask(segment_ids: Int[Array, "B T"], window: int | None = None) -> Bool[Array, "B T T"]:
     """mask[b, t, s]: may the query at t see the key at s?"""
     length = segment_ids.shape[1]
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    run = jnp.cumsum(jnp.pad(changes, ((0, 0), (1, 0))), axis=1)  # [B, T]: which segment of the row
+    run = segments.ranks(segment_ids)
     distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]  # [T, T]: t - s
     near = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     return (run[:, :, None] == run[:, None, :]) & near
