@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lorajax_kernels.checks import check_targets
 from lorajax_kernels.precision import einsum
 
 # One chunk's float32 logits take at most this much, unless MIN_CHUNK rows take more.
@@ -52,6 +53,7 @@ def linear_cross_entropy(
         ValueError: shapes do not fit together, or chunk or softcap is not positive.
     """
     _check(x, head, targets, weights, softcap, chunk)
+    check_targets("linear_cross_entropy", targets, weights, head.shape[0])
     rows = x.shape[0]
     limit = default_chunk(head.shape[0]) if chunk is None else chunk
     chunks = max(1, -(-rows // limit))

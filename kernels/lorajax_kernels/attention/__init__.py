@@ -11,6 +11,7 @@ from lorajax_kernels.attention.cached import cached_attention
 from lorajax_kernels.attention.problem import Problem
 from lorajax_kernels.attention.reference import reference_attention
 from lorajax_kernels.attention.xla import xla_attention
+from lorajax_kernels.checks import check_segments
 from lorajax_kernels.device import Choice, Device, Implementation, choose
 
 __all__ = ["attention", "attention_implementations", "cached_attention", "choose_attention"]
@@ -73,6 +74,7 @@ def attention(
         max_segments=max_segments,
         implementation=implementation,
     )
+    check_segments("attention", segment_ids, max_segments)
     function = next(known.function for known in _IMPLEMENTATIONS if known.name == name)
     return function(
         q,
