@@ -100,6 +100,7 @@ def test_adapters_are_applied(make_model, ids_tokenizer, expected):
     assert answers_of(model, ids_tokenizer, PROMPTS, batch_size=3) == cut(adapted, 2)
 
 
+@pytest.mark.slow
 def test_dynamic_rope_has_the_frequencies_of_the_final_length(make_model, ids_tokenizer):
     scaling = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0}
     model = make_model(rope_parameters=scaling, max_position_embeddings=32)
@@ -109,6 +110,7 @@ def test_dynamic_rope_has_the_frequencies_of_the_final_length(make_model, ids_to
     assert answers != cut(forward_loop(model, ids_tokenizer, prompts, width=256), 2)
 
 
+@pytest.mark.slow
 def test_half_precision_tokens_are_among_the_most_likely(make_model, ids_tokenizer):
     model = make_model(dtype="bfloat16", adapter=True)
     for prompt, answer in zip(PROMPTS, answers_of(model, ids_tokenizer, PROMPTS), strict=True):

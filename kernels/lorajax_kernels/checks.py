@@ -41,7 +41,7 @@ def check_segments(op: str, segment_ids: Int[Array, "B T"], max_segments: int | 
 
 def check_targets(op: str, targets: Int[Array, " N"], weights: Float[Array, " N"], vocab_size: int) -> None:
     """In checked mode, raise for a target that counts and is no index of the vocabulary."""
-    _check(lambda *values: _wrong_target(op, *values, vocab_size), targets, weights)
+    _check(lambda *given: _wrong_target(op, given[0], given[1], vocab_size), targets, weights)
 
 
 def _check(wrong: Callable[..., str | None], *arrays: Any) -> None:

@@ -104,6 +104,7 @@ def test_gradients_are_those_of_one_device(write_llama, tmp_path):
     assert found["lora"] <= 1e-6 and found["full"] <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_one_device(quick_config, exact_metrics, tmp_path):
     """With half the rows on each device."""
 

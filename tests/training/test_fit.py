@@ -266,6 +266,7 @@ ANSWERS = {
 }
 
 
+@pytest.mark.slow
 def test_full_mode_learns_answers_and_where_they_end(quick_config, one_layer_folder, write_rows, tmp_path):
     """From config.json alone. The tokenizer pads with EOS, and yet the EOS of each answer is learnt."""
     folder = tmp_path / "model"

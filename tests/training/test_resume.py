@@ -106,7 +106,9 @@ def run(quick_config) -> Callable[[str], Config]:
     return make
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize(
+    "kind", ["lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in RUNS if kind != "lora")]
+)
 def test_a_run_that_was_stopped_goes_on_exactly(
     kind, run, exact_metrics, stop_in_step, monkeypatch, tmp_path, capsys
 ):

@@ -1,0 +1,182 @@
+"""What a benchmark of an op reports, and the ceilings that its figures are held against."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from lorajax_kernels.device import current_device
+from lorajax_kernels.measure import Time, compare, copy_bandwidth, matmul_rate
+
+_LONGEST_NOTE = 120
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device can do, measured in this process.
+
+    Attributes:
+        bytes_per_second: of a copy, read and written together.
+        flops: operations per second of a large matrix product in `half`.
+        half: name of the 16-bit type in which everything is measured.
+    """
+
+    bytes_per_second: float
+    flops: float
+    half: str
+
+    @classmethod
+    def measured(cls, *, tiny: bool) -> Ceilings:
+        half = jnp.dtype("float32") if jax.default_backend() == "cpu" else current_device().half_dtype
+        sizes = (2**20, 256) if tiny else (2**31, 8192)
+        return cls(copy_bandwidth(sizes[0]), matmul_rate(half, sizes[1]), half.name)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call has to do at least; `what` is the ceiling that bounds it: "flops" or "bytes"."""
+
+    amount: float
+    what: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one op in one case.
+
+    Attributes:
+        op, case, implementation: what was measured; `ours` says whose it is.
+        ms: median time of a call; None where it did not run, and `note` says why.
+        fastest, slowest: of the runs that ms is the median of.
+        rate: TFLOP/s or GB/s.
+        of_ceiling: rate over the ceiling.
+        note: anything else.
+    """
+
+    op: str
+    case: str
+    implementation: str
+    ours: bool
+    ms: float | None
+    fastest: float | None = None
+    slowest: float | None = None
+    rate: str | None = None
+    of_ceiling: float | None = None
+    note: str = ""
+
+
+class TorchResult:
+    """What torch has queued on the GPU, in a form that jax.block_until_ready waits for."""
+
+    def __init__(self, result: Any):
+        self.result = result
+
+    def block_until_ready(self) -> TorchResult:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return self
+
+
+def measure_case(
+    op: str,
+    case: str,
+    work: Work,
+    ceilings: Ceilings,
+    makers: Mapping[str, Callable[[], Callable[[], Any]]],
+    *,
+    ours: tuple[str, ...],
+    rounds: int,
+    notes: Mapping[str, str] | None = None,
+) -> list[Row]:
+    """Time all implementations of a case in turns.
+
+    Args:
+        makers: by name, functions that give what is to be timed (see measure.compare); one that raises is
+            reported with its reason.
+        ours: names of this library's.
+    """
+    calls: dict[str, Callable[[], Any]] = {}
+    failed: dict[str, str] = {}
+    for name, make in makers.items():
+        try:
+            call = make()
+            jax.block_until_ready(call())
+            calls[name] = call
+        except Exception as error:  # a peer may raise anything, and the others still run
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:_LONGEST_NOTE]
+    times = compare(calls, rounds=rounds)
+    rows = []
+    for name in makers:
+        note = (notes or {}).get(name, "")
+        if name in failed:
+            rows.append(Row(op, case, name, name in ours, None, note=failed[name]))
+        else:
+            rows.append(_row(op, case, name, name in ours, times[name], work, ceilings, note))
+    return rows
+
+
+def _row(
+    op: str, case: str, name: str, ours: bool, time: Time, work: Work, ceilings: Ceilings, note: str
+) -> Row:
+    rate = work.amount / (time.median / 1e3)
+    if work.what == "flops":
+        text, ceiling = f"{rate / 1e12:.1f} TFLOP/s", ceilings.flops
+    else:
+        text, ceiling = f"{rate / 1e9:.0f} GB/s", ceilings.bytes_per_second
+    of_ceiling = round(rate / ceiling, 3)
+    times = (round(value, 4) for value in time)
+    return Row(op, case, name, ours, *times, rate=text, of_ceiling=of_ceiling, note=note)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text, each time beside its ratio to the best time of another library in the same case."""
+    lines = [("op", "case", "implementation", "ms", "rate", "of ceiling", "to best peer", "note")]
+    for row in rows:
+        ratio = to_best_peer(row, rows)
+        lines.append(
+            (
+                row.op,
+                row.case,
+                row.implementation,
+                "-" if row.ms is None else f"{row.ms:.3f}",
+                row.rate or "",
+                "" if row.of_ceiling is None else f"{row.of_ceiling:.2f}",
+                "" if ratio is None else f"{ratio:.2f}",
+                row.note,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def as_json(row: Row, rows: list[Row]) -> dict[str, Any]:
+    """What is known of a row, with its ratio to the best peer among the rows."""
+    known = asdict(row) | {"to_best_peer": to_best_peer(row, rows)}
+    return {name: value for name, value in known.items() if value not in (None, "")}
+
+
+def to_best_peer(row: Row, rows: list[Row]) -> float | None:
+    """Time of one of ours over that of the fastest peer in the same case; None where there is none."""
+    peers = [
+        other.ms
+        for other in rows
+        if (other.op, other.case) == (row.op, row.case) and not other.ours and other.ms is not None
+    ]
+    return row.ms / min(peers) if row.ours and row.ms is not None and peers else None
+
+
+def run_alone(benchmark: Callable[[Ceilings, bool], list[Row]], description: str | None) -> None:
+    """What a script does when it is run by itself."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that it works")
+    arguments = parser.parse_args()
+    print(table(benchmark(Ceilings.measured(tiny=arguments.tiny), arguments.tiny)))

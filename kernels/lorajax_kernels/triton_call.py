@@ -1,0 +1,67 @@
+"""How a Triton kernel is launched from JAX, whichever jax-triton is installed.
+
+Modules of kernels import triton at their top, so they are imported only where a kernel is about to run.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from jaxtyping import Array
+
+# Of CUtensorMapDataType in the CUDA driver's API.
+_TMA_TF32 = 11
+
+
+def triton_call(
+    kernel: Any,
+    *operands: Array | int | float,
+    out_shape: Any,
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+    compute_capability: int | None = None,
+    **constants: Any,
+) -> Any:
+    """Run `kernel[grid](*operands, *outputs, **constants)`.
+
+    There are no derivatives and no batching rule: wrap it in jax.custom_vjp.
+
+    Args:
+        kernel: a function decorated with triton.jit.
+        operands: arrays become pointers; numbers are compiled in.
+        out_shape: pytree of jax.ShapeDtypeStruct, one for each output; what they hold at first is undefined.
+        grid: numbers of programs along up to three axes.
+        num_warps, num_stages: of the kernel's compilation.
+        compute_capability: to compile for, as 90 for 9.0; None: that of the GPU at hand.
+        constants: the kernel's constexpr arguments.
+
+    Returns:
+        Arrays of the structure of out_shape.
+    """
+    library, spelling = _jax_triton()
+    return library.triton_call(
+        *operands,
+        kernel=kernel,
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        compute_capability=compute_capability,
+        **{spelling: out_shape},
+        **constants,
+    )
+
+
+@functools.cache
+def _jax_triton() -> tuple[Any, str]:
+    """jax-triton, and what its release calls out_shape."""
+    import triton.backends.nvidia.driver as driver
+
+    if not hasattr(driver, "TMA_TF32"):
+        # jax-triton 0.4 imports it, and without it takes Triton 3.6 for one without NVIDIA's backend.
+        driver.TMA_TF32 = _TMA_TF32
+    import jax_triton
+
+    release = tuple(int(part) for part in jax_triton.__version__.split(".")[:2])
+    return jax_triton, "out_type" if release >= (0, 4) else "out_shape"

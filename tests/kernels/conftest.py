@@ -1,0 +1,102 @@
+"""Triton kernels without a GPU: run by Triton's interpreter, and compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Callable[[str], ModuleType]:
+    """interpreted(name): a copy of a module of kernels that take torch tensors and run on the CPU."""
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    pytest.importorskip("torch", reason="Triton's interpreter needs torch")
+
+    def load(name: str) -> ModuleType:
+        found = importlib.util.find_spec(name)
+        assert found is not None and found.origin is not None
+        spec = importlib.util.spec_from_file_location(f"{name}_interpreted", found.origin)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = True  # read where a kernel is decorated
+            spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def compile_kernel() -> Callable[..., Any]:
+    """compile_kernel(kernel, capability, types, constants, num_warps, num_stages): the kernel for that GPU.
+
+    capability is 80 for 8.0; types are Triton's ("*bf16", "i32") of the arguments that are not constants. The
+    result has asm["ptx"], asm["cubin"] and metadata.shared, the bytes of shared memory.
+    """
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+    def compile_for(
+        kernel: Any,
+        capability: int,
+        types: Mapping[str, str],
+        constants: Mapping[str, Any],
+        num_warps: int,
+        num_stages: int,
+    ) -> Any:
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=dict(constants))
+        target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        return triton.compile(source, target=target, options=options)
+
+    return compile_for
+
+
+@pytest.fixture
+def run_on_cpu(
+    interpreted: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], None]:
+    """run_on_cpu(host, kernels): `triton_call` in the module `host` interprets the module `kernels`.
+
+    Arrays may be float32, float16 or integers. Outputs hold NaN, or the smallest integer, until written.
+    """
+    import torch
+
+    def patch(host: str, kernels: str) -> None:
+        module = interpreted(kernels)
+
+        def call(kernel: Any, *operands: Any, out_shape: Any, grid: Any, **options: Any) -> Any:
+            constants = {name: value for name, value in options.items() if name not in _COMPILATION}
+            outputs, tree = jax.tree.flatten(out_shape)
+            is_array = [isinstance(operand, jax.Array | np.ndarray) for operand in operands]
+
+            def run(*arrays: Any) -> list[np.ndarray]:
+                given = iter(arrays)
+                inputs = [
+                    torch.from_numpy(np.array(next(given))) if a else operand
+                    for a, operand in zip(is_array, operands, strict=True)
+                ]
+                results = [np.full(out.shape, _unwritten(out.dtype), out.dtype) for out in outputs]
+                getattr(module, kernel.__name__)[grid](*inputs, *map(torch.from_numpy, results), **constants)
+                return results
+
+            arrays = [operand for a, operand in zip(is_array, operands, strict=True) if a]
+            return jax.tree.unflatten(tree, jax.pure_callback(run, outputs, *arrays))
+
+        monkeypatch.setattr(importlib.import_module(host), "triton_call", call)
+
+    return patch
+
+
+_COMPILATION = ("num_warps", "num_stages", "compute_capability")
+
+
+def _unwritten(dtype: np.dtype) -> float:
+    return np.nan if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).min

@@ -1,0 +1,77 @@
+"""The benchmarks of the kernels: what they report, and that they run."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lorajax_kernels.measure import Time
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results():
+    path = REPOSITORY / "kernels" / "benchmarks" / "results.py"
+    spec = importlib.util.spec_from_file_location("results", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["results"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["results"]
+
+
+@pytest.fixture
+def rows(results, monkeypatch):
+    """One case: ours takes 2 ms, two peers 4 and 3 ms, another fails."""
+    taken = {"ours": 2.0, "slow peer": 4.0, "peer": 3.0}
+    monkeypatch.setattr(
+        results, "compare", lambda calls, rounds: {name: Time(*[taken[name]] * 3) for name in calls}
+    )
+
+    def fails():
+        raise ImportError("no such package\nmore of it")
+
+    makers = {name: lambda: lambda: None for name in taken} | {"absent peer": fails}
+    ceilings = results.Ceilings(bytes_per_second=1e12, flops=4e12, half="bfloat16")
+    work = results.Work(4e9, "flops")
+    return results.measure_case("op", "case", work, ceilings, makers, ours=("ours",), rounds=3)
+
+
+def test_rates_and_ratios(results, rows):
+    ours = results.as_json(rows[0], rows)
+    assert (ours["ms"], ours["rate"], ours["of_ceiling"]) == (2.0, "2.0 TFLOP/s", 0.5)
+    assert ours["to_best_peer"] == pytest.approx(2 / 3)
+    assert "to_best_peer" not in results.as_json(rows[1], rows)
+    memory = results.Work(4e9, "bytes")
+    makers = {"ours": lambda: lambda: None}
+    ceilings = results.Ceilings(bytes_per_second=4e12, flops=1.0, half="bfloat16")
+    [row] = results.measure_case("op", "case", memory, ceilings, makers, ours=("ours",), rounds=3)
+    assert (row.rate, row.of_ceiling) == ("2000 GB/s", 0.5)
+    assert results.to_best_peer(row, [row]) is None
+
+
+def test_a_peer_that_fails_is_reported_with_its_reason(results, rows):
+    assert (rows[3].ms, rows[3].note) == (None, "ImportError: no such package")
+    lines = results.table(rows).splitlines()
+    assert lines[1].split()[:5] == ["op", "case", "ours", "2.000", "2.0"] and "0.67" in lines[1]
+    assert lines[4].endswith("ImportError: no such package")
+
+
+@pytest.mark.slow
+def test_all_run_in_one_process(tmp_path):
+    command = [
+        sys.executable,
+        REPOSITORY / "benchmarks" / "kernels.py",
+        "--tiny",
+        "--out",
+        tmp_path / "k.json",
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    record = json.loads((tmp_path / "k.json").read_text())
+    measured = {row["op"] for row in record["rows"] if row["ours"] and "ms" in row}
+    assert measured == {row["op"] for row in record["rows"]}
+    assert {"attention", "linear_cross_entropy"} <= measured
+    assert record["ceilings"]["flops"] > 0 and record["versions"]["jax"]

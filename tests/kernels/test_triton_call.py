@@ -1,0 +1,59 @@
+"""Launching Triton kernels: both spellings of jax-triton, and what it needs of an older Triton."""
+
+import sys
+import types
+
+import pytest
+from lorajax_kernels import triton_call as module
+
+OUT = object()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """calls(release, **attributes of Triton's driver): what reaches a jax-triton of that release."""
+
+    def pretend(release, **attributes):
+        received = []
+
+        def call(*operands, **options):
+            received.append((operands, options))
+            return "result"
+
+        driver = types.SimpleNamespace(**attributes)
+        nvidia = types.SimpleNamespace(driver=driver)
+        backends = types.SimpleNamespace(nvidia=nvidia)
+        fakes = {
+            "jax_triton": types.SimpleNamespace(__version__=release, triton_call=call),
+            "triton": types.SimpleNamespace(backends=backends),
+            "triton.backends": backends,
+            "triton.backends.nvidia": nvidia,
+            "triton.backends.nvidia.driver": driver,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setitem(sys.modules, name, fake)
+        module._jax_triton.cache_clear()
+        return received, driver
+
+    yield pretend
+    module._jax_triton.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("release", "spelling"), (("0.3.1", "out_shape"), ("0.4.1", "out_type"), ("0.10", "out_type"))
+)
+def test_each_release_gets_its_own_spelling(calls, release, spelling):
+    received, _ = calls(release)
+    options = {"grid": (3, 2), "num_warps": 4, "num_stages": 2, "compute_capability": 90}
+    result = module.triton_call("kernel", "x", 7, out_shape=OUT, BLOCK=64, **options)
+    assert result == "result"
+    assert received == [(("x", 7), {"kernel": "kernel", spelling: OUT, "BLOCK": 64, **options})]
+
+
+def test_an_older_triton_gets_the_name_that_jax_triton_imports(calls):
+    _, driver = calls("0.4.1")
+    module._jax_triton()
+    assert driver.TMA_TF32 == 11
+    _, driver = calls("0.4.1", TMA_TF32=12)
+    module._jax_triton()
+    assert driver.TMA_TF32 == 12
