@@ -6,9 +6,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import jax
-import jax.numpy as jnp
 import yaml
-from lorajax_kernels import choose_attention
 
 from lorajax.config import Config, as_plain
 from lorajax.data import DataStats, decode_row
@@ -90,17 +88,9 @@ def _device() -> str:
 
 
 def _attention(inputs: Inputs) -> str:
-    options, rows = inputs.outline.options, inputs.config.train.per_device_train_batch_size
-    length, dtype = inputs.config.data.max_length, inputs.outline.dtype
-    asked = inputs.outline.attention_implementation
-    q = jax.ShapeDtypeStruct((rows, length, options.num_heads, options.head_dim), dtype)
-    k = jax.ShapeDtypeStruct((rows, length, options.num_kv_heads, options.head_dim), dtype)
-    segment_ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    name, refused = choose_attention(
-        q, k, k, segment_ids, max_segments=inputs.max_segments, implementation=asked
-    )
-    why = "; ".join(f"not {other}: {reason}" for other, reason in refused.items())
-    return f"{name} ({'chosen automatically' if asked == 'auto' else 'as asked'}{'; ' if why else ''}{why})"
+    name, refused = inputs.attention
+    how = "chosen automatically" if inputs.config.model.attention == "auto" else "as asked"
+    return "; ".join((f"{name} ({how}", *(f"not {other}: {why}" for other, why in refused.items()))) + ")"
 
 
 def _lora(config: Config) -> str:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from lorajax_kernels import choose_attention
+from lorajax_kernels.device import Choice
 
 from lorajax.config import Config
 from lorajax.data import (
@@ -32,28 +35,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """A run's inputs, checked.
+def max_segments(config: Config) -> int:
+    """Most segments on a row: its documents, and its padding."""
+    return (config.data.max_segments if config.data.packing else 1) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunShape:
+    """What the compiled programs of a run depend on, besides its model.
 
     Attributes:
         config: the run's.
         mesh: the devices.
-        model_path: local folder or file of the model.
-        outline: the model without its weights.
-        tokenizer: the model's; its chat template is the one in use.
-        documents: for training and evaluation.
-        packing: what the rows of one epoch hold, or of as many as the steps need if that is less.
         total_steps: optimizer steps of the whole run.
     """
 
     config: Config
     mesh: Mesh
-    model_path: Path
-    outline: Decoder
-    tokenizer: PreTrainedTokenizerFast
-    documents: DataSplits
-    packing: PackingStats
     total_steps: int
 
     @property
@@ -66,8 +64,28 @@ class Inputs:
 
     @property
     def max_segments(self) -> int:
-        """Most segments on a row: its documents, and its padding."""
-        return (self.config.data.max_segments if self.config.data.packing else 1) + 1
+        return max_segments(self.config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(RunShape):
+    """A run's inputs, checked.
+
+    Attributes:
+        model_path: local folder or file of the model.
+        outline: the model without its weights.
+        attention: the implementation that serves it, and why others do not.
+        tokenizer: the model's; its chat template is the one in use.
+        documents: for training and evaluation.
+        packing: what the rows of one epoch hold, or of as many as the steps need if that is less.
+    """
+
+    model_path: Path
+    outline: Decoder
+    attention: Choice
+    tokenizer: PreTrainedTokenizerFast
+    documents: DataSplits
+    packing: PackingStats
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -108,6 +126,7 @@ def prepare(config: Config) -> Inputs:
     mesh, data, train = data_mesh(), config.data, config.train
     path = resolve(config.model.path, weights=train.init == "pretrained")
     model = outline(path, dtype=config.model.dtype, attention=config.model.attention)
+    attention = _choose_attention(config, model)
     tokenizer = load_tokenizer(config.model.tokenizer or path)
     if len(tokenizer) > model.options.vocab_size:
         raise UserError(
@@ -137,7 +156,35 @@ def prepare(config: Config) -> Inputs:
         raise UserError(
             f"train.warmup_steps is {train.warmup_steps}, but the run has {total_steps} steps; lower it"
         )
-    return Inputs(config, mesh, path, model, tokenizer, documents, packing, total_steps)
+    return Inputs(
+        config=config,
+        mesh=mesh,
+        total_steps=total_steps,
+        model_path=path,
+        outline=model,
+        attention=attention,
+        tokenizer=tokenizer,
+        documents=documents,
+        packing=packing,
+    )
+
+
+def _choose_attention(config: Config, model: Decoder) -> Choice:
+    options, rows, length = model.options, config.train.per_device_train_batch_size, config.data.max_length
+    q = jax.ShapeDtypeStruct((rows, length, options.num_heads, options.head_dim), model.dtype)
+    k = jax.ShapeDtypeStruct((rows, length, options.num_kv_heads, options.head_dim), model.dtype)
+    segment_ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    try:
+        return choose_attention(
+            q,
+            k,
+            k,
+            segment_ids,
+            max_segments=max_segments(config),
+            implementation=model.attention_implementation,
+        )
+    except ValueError as error:
+        raise UserError(f"model.attention: {error}; set it to auto") from error
 
 
 class TrainingBatch(NamedTuple):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from lorajax.data.cache import user_cache_folder
 from lorajax.sharding import replicated
-from lorajax.training.inputs import Inputs
+from lorajax.training.inputs import RunShape
 from lorajax.training.optimizer import adamw, learning_rate_schedule
 from lorajax.training.step import Batch, StepMetrics, TrainState, init_state, loss_sum, make_train_step
 from lorajax.training.weights import Weights, merge_weights
@@ -55,49 +55,49 @@ class Program:
     memory: Memory
 
 
-def first_state(inputs: Inputs, trainable: Weights) -> TrainState:
+def first_state(run: RunShape, trainable: Weights) -> TrainState:
     """The state before the first step, on the devices; it owns `trainable`."""
-    config = inputs.config
-    optimizer = adamw(config.train, learning_rate_schedule(config.train, inputs.total_steps))
+    config = run.config
+    optimizer = adamw(config.train, learning_rate_schedule(config.train, run.total_steps))
     state = init_state(
         trainable,
         optimizer,
         seed=config.train.seed,
         dtype=config.model.dtype,
-        tokens_per_step=inputs.rows_per_step * config.data.max_length,
+        tokens_per_step=run.rows_per_step * config.data.max_length,
     )
-    return jax.device_put(state, replicated(inputs.mesh))
+    return jax.device_put(state, replicated(run.mesh))
 
 
-def compile_step(inputs: Inputs, graph: Any, state: TrainState, frozen: Weights, batch: Batch) -> Program:
+def compile_step(run: RunShape, graph: Any, state: TrainState, frozen: Weights, batch: Batch) -> Program:
     """Compile the training step for these shapes."""
-    config = inputs.config
-    schedule = learning_rate_schedule(config.train, inputs.total_steps)
+    config = run.config
+    schedule = learning_rate_schedule(config.train, run.total_steps)
     full = config.train.mode == "full"
     step = make_train_step(
         graph,
         adamw(config.train, schedule),
         schedule,
-        mesh=inputs.mesh,
+        mesh=run.mesh,
         checkpointing=config.memory.checkpointing,
-        max_segments=inputs.max_segments,
+        max_segments=run.max_segments,
         dropout=not full and config.lora.dropout > 0,
         train_head=full,
         scale_loss=config.model.dtype == "float16",
     )
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated(inputs.mesh))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated(run.mesh))
     compiled = jitted.lower(state, frozen, batch).compile()
     return Program(compiled, _memory(compiled))
 
 
-def make_evaluation(inputs: Inputs, graph: Any) -> Callable[[Weights, Weights, Batch], Float[Array, ""]]:
+def make_evaluation(run: RunShape, graph: Any) -> Callable[[Weights, Weights, Batch], Float[Array, ""]]:
     """(trainable, frozen, batch [1, B, T]) -> summed loss of the batch; compiled at its first use."""
 
     @jax.jit
     def evaluate(trainable: Weights, frozen: Weights, batch: Batch) -> Array:
         model = merge_weights(graph, trainable, frozen)
         rows = {name: array[0] for name, array in batch.items()}
-        return loss_sum(model, rows, mesh=inputs.mesh, max_segments=inputs.max_segments)
+        return loss_sum(model, rows, mesh=run.mesh, max_segments=run.max_segments)
 
     return evaluate
 

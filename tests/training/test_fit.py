@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -248,6 +249,18 @@ def test_what_a_run_prints(run):
     assert f"held-out loss {losses[0]:.3f} -> {losses[-1]:.3f}" in printed
     assert f"{result.tokens_per_second:,.0f} tokens/s" in printed
     assert str(result.output_dir / "adapter") in printed
+
+
+def test_attention_that_cannot_serve_is_refused_before_anything_is_loaded(quick_config):
+    config = quick_config()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="cudnn"))
+    with pytest.raises(UserError, match="model.attention: .*'cudnn' cannot serve: .*; set it to auto"):
+        prepare(config)
+
+
+def test_the_bound_on_segments_counts_the_padding(quick_config):
+    assert prepare(quick_config(data={"max_segments": 7})).max_segments == 8
+    assert prepare(quick_config(data={"max_segments": 7, "packing": False})).max_segments == 2
 
 
 def test_tensorboard_gets_the_metrics(run):

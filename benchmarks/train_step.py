@@ -1,0 +1,166 @@
+"""The training step alone, on random weights at the shapes of known models: time, tokens/s, memory.
+
+    python benchmarks/train_step.py 1b,8,2048,none,xla 1b,8,2048,none,cudnn --out result.json
+
+Each argument is MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION; MODEL is 1b or 8b (Llama 3.2 1B and Llama 3.1 8B
+with a tied head) or tiny. LoRA of rank 32 on all projections, bfloat16 (float32 on a CPU), AdamW, random
+tokens, every one a target; --segments puts that many equal documents on a row. The program is that of
+lorajax.train. Each case runs in a process of its own, so that its peak memory is its own; the median is of
+single steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from environment import environment
+
+SHAPES: dict[str, dict[str, int]] = {
+    "1b": dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, head_dim=64
+    ),
+    "8b": dict(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, head_dim=128
+    ),
+    "tiny": dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16
+    ),
+}
+WARM_UP, STEPS = 3, 10
+
+
+def hf_config(name: str) -> dict[str, Any]:
+    tiny = name == "tiny"
+    return SHAPES[name] | {
+        "model_type": "llama",
+        "num_key_value_heads": 2 if tiny else 8,
+        "vocab_size": 1024 if tiny else 128256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    }
+
+
+def measure(case: str, segments: int) -> dict[str, Any]:
+    """One case, in this process."""
+    import jax
+    import numpy as np
+
+    from lorajax.config import load_config
+    from lorajax.lora.adapter import add_lora
+    from lorajax.models.checkpoint import initialise
+    from lorajax.sharding import data_mesh, rows
+    from lorajax.training.inputs import RunShape
+    from lorajax.training.metrics import peak_memory_bytes
+    from lorajax.training.program import compile_step, first_state
+    from lorajax.training.weights import split_weights
+
+    name, batch, length, checkpointing, attention = case.split(",")
+    settings = {
+        "model.dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
+        "model.attention": attention,
+        "data.path": "random.jsonl",
+        "data.max_length": length,
+        "data.max_segments": str(segments),
+        "train.per_device_train_batch_size": batch,
+        "memory.checkpointing": checkpointing,
+        "output.output_dir": "unused",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(hf_config(name)))
+        config = load_config(None, [f"--{k}={v}" for k, v in (settings | {"model.path": folder}).items()])
+        model = initialise(folder, dtype=config.model.dtype, attention=attention, seed=0)
+    add_lora(model, config.lora, seed=0)
+    vocab, shape = model.options.vocab_size, (1, int(batch) * jax.device_count(), int(length))
+    run = RunShape(config=config, mesh=data_mesh(), total_steps=1000)
+    graph, trainable, frozen = split_weights(model, "lora")
+    del model
+    random = np.random.default_rng(0)
+    ids, place = np.divmod(np.arange(shape[2]), -(-shape[2] // segments))
+    arrays = {
+        "tokens": random.integers(0, vocab, shape, dtype=np.int32),
+        "targets": random.integers(0, vocab, shape, dtype=np.int32),
+        "segment_ids": np.broadcast_to(ids + 1, shape).astype(np.int32),
+        "positions": np.broadcast_to(place, shape).astype(np.int32),
+        "weights": np.ones(shape, np.float32),
+    }
+    on_devices = jax.device_put(arrays, rows(run.mesh))
+    state = first_state(run, trainable)
+    began = time.perf_counter()
+    program = compile_step(run, graph, state, frozen, on_devices)
+    compiled = time.perf_counter() - began
+    seconds = []
+    for _ in range(WARM_UP + STEPS):
+        began = time.perf_counter()
+        state, metrics = program.step(state, frozen, on_devices)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - began)
+    median = statistics.median(seconds[WARM_UP:])
+    return {
+        "model": name,
+        "batch": int(batch),
+        "length": int(length),
+        "segments": segments,
+        "checkpointing": checkpointing,
+        "attention": attention,
+        "ms": round(1e3 * median, 2),
+        "slowest_ms": round(1e3 * max(seconds[WARM_UP:]), 2),
+        "tokens_per_second": round(shape[1] * shape[2] / median),
+        "peak_gib": round(peak_memory_bytes() / 2**30, 2),
+        "planned_gib": round(program.memory.total / 2**30, 2),
+        "temporary_gib": round(program.memory.temporaries / 2**30, 2),
+        "host_gib": round(program.memory.host / 2**30, 2),
+        "compile_seconds": round(compiled, 1),
+        "loss": round(float(metrics.loss), 4),
+        "device": jax.local_devices()[0].device_kind,
+    }
+
+
+def in_process_of_its_own(case: str, segments: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, case, "--segments", str(segments), "--here"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    errors = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return {"case": case, "segments": segments, "error": errors[-1][:300] if errors else done.stderr[-300:]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("cases", nargs="+", metavar="MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION")
+    parser.add_argument("--segments", type=int, default=1, help="documents on a row")
+    parser.add_argument("--out", help="JSON file for the result")
+    parser.add_argument("--commit", help="of the code, where git cannot tell")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.here:
+        print(json.dumps(measure(arguments.cases[0], arguments.segments)))
+        return
+    rows = []
+    for case in arguments.cases:
+        rows.append(in_process_of_its_own(case, arguments.segments))
+        print(json.dumps(rows[-1]), flush=True)
+    if arguments.out:
+        packages = ("lorajax", "jax", "jaxlib", "flax", "optax")
+        record = {
+            "benchmark": "train_step",
+            **environment(*packages, commit=arguments.commit),
+            "steps": STEPS,
+            "rows": rows,
+        }
+        Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
