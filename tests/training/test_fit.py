@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
-import dataclasses
 import json
 import shutil
 from pathlib import Path
