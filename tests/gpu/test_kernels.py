@@ -1,0 +1,179 @@
+"""The kernels on the GPU, each against a float32 reference on random data at real sizes."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lorajax_kernels import attention, attention_implementations, choose_attention, linear_cross_entropy
+
+KERNELS = [name for name in attention_implementations() if name != "reference"]
+MAX_SEGMENTS = 7
+# Segments of every row begin elsewhere; the last one of each is padding.
+ROWS = (
+    (1, 700, 1, 255, 43, 24),
+    (128, 128, 128, 128, 512),
+    (1023, 1),
+    (333, 1, 1, 1, 300, 200, 188),
+)
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+
+
+def uneven_segments() -> jax.Array:
+    return jnp.asarray(np.stack([np.repeat(np.arange(len(row)), row) for row in ROWS]), jnp.int32)
+
+
+def random_arrays(shapes: list[tuple[int, ...]], dtype: jnp.dtype) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(np.random.default_rng().integers(2**31)), len(shapes))
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def serving(implementation: str, q: jax.Array, k: jax.Array, segment_ids: jax.Array, **options) -> None:
+    """Skip the test where the implementation cannot serve, with its reason."""
+    try:
+        choose_attention(
+            q, k, k, segment_ids, max_segments=MAX_SEGMENTS, implementation=implementation, **options
+        )
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def forward_and_gradients(implementation, options, q, k, v, dout, segment_ids):
+    def attend(q, k, v):
+        return attention(
+            q,
+            k,
+            v,
+            segment_ids,
+            max_segments=MAX_SEGMENTS,
+            implementation=implementation,
+            **dict(options),
+        )
+
+    out, vjp = jax.vjp(attend, q, k, v)
+    return [out, *vjp(dout)]
+
+
+def relative(found: jax.Array, expected: jax.Array) -> float:
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype", "options"),
+    (
+        ((9, 3), 64, "float32", ()),
+        ((8, 8), 64, "bfloat16", ()),
+        ((8, 2), 64, "float16", ()),
+        ((8, 2), 80, "bfloat16", ()),
+        ((9, 3), 96, "bfloat16", ()),
+        ((8, 1), 128, "bfloat16", ()),
+        ((8, 1), 128, "float16", ()),
+        ((4, 2), 256, "bfloat16", ()),
+        ((8, 2), 128, "bfloat16", (("window", 100),)),
+        ((8, 2), 128, "bfloat16", (("softcap", 5.0),)),
+    ),
+)
+def test_attention_of_uneven_segments(implementation, heads, head_dim, dtype, options, figure):
+    segment_ids = uneven_segments()
+    batch, length = segment_ids.shape
+    shapes = [(batch, length, n, head_dim) for n in (heads[0], heads[1], heads[1], heads[0])]
+    arrays = random_arrays(shapes, jnp.dtype(dtype))
+    serving(implementation, arrays[0], arrays[1], segment_ids, **dict(options))
+    found = forward_and_gradients(implementation, options, *arrays, segment_ids)
+    wide = [x.astype(jnp.float32) for x in arrays]
+    expected = forward_and_gradients("reference", options, *wide, segment_ids)
+    errors = [relative(a, b) for a, b in zip(found, expected, strict=True)]
+    case = f"{implementation} N{heads[0]} K{heads[1]} H{head_dim} {dtype} {dict(options) or ''}"
+    figure(f"attention, {case}: errors of out, dq, dk, dv", " ".join(f"{error:.1e}" for error in errors))
+    assert {x.dtype for x in found} == {jnp.dtype(dtype)}
+    assert max(errors) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_segment_does_not_touch_the_others(implementation):
+    segment_ids = uneven_segments()
+    batch, length = segment_ids.shape
+    q, k, v, other = random_arrays([(batch, length, n, 128) for n in (8, 2, 2, 8)], jnp.bfloat16)
+    serving(implementation, q, k, segment_ids)
+    attend = jax.jit(
+        lambda q, k, v: attention(
+            q, k, v, segment_ids, max_segments=MAX_SEGMENTS, implementation=implementation
+        )
+    )
+    changed = np.asarray(segment_ids == 1)
+    where = jnp.asarray(changed)[..., None, None]
+    before = np.asarray(attend(q, k, v), np.float32)
+    poisoned = (
+        jnp.where(where, 100 * a, b) for a, b in ((other, q), (other[:, :, :2], k), (other[:, :, :2], v))
+    )
+    after = np.asarray(attend(*poisoned), np.float32)
+    assert (before[changed] != after[changed]).any()
+    np.testing.assert_array_equal(before[~changed], after[~changed])
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_tensors_of_more_than_2_to_the_31_elements(implementation):
+    """Short segments, so that there is little to compute; the last row is compared with itself alone."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats["bytes_limit"] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of GPU memory")
+    batch, length, heads, kv_heads, head_dim = 65, 8192, 32, 2, 128
+    assert batch * length * heads * head_dim > 2**31
+    row = jnp.arange(length, dtype=jnp.int32) // (length // 4)
+    segment_ids = jnp.broadcast_to(row, (batch, length))
+    q, k, v, dout = random_arrays(
+        [(batch, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)], jnp.bfloat16
+    )
+    serving(implementation, q, k, segment_ids)
+    found = [x[-1:] for x in forward_and_gradients(implementation, (), q, k, v, dout, segment_ids)]
+    alone = [x[-1:] for x in (q, k, v, dout)]
+    del q, k, v, dout
+    expected = forward_and_gradients(implementation, (), *alone, segment_ids[-1:])
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a, b) <= 1e-3
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_attention_holds_no_scores(implementation):
+    batch, length, heads, kv_heads, head_dim = 4, 3840, 32, 8, 128
+    shapes = [(batch, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    segment_ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    serving(implementation, arrays[0], arrays[1], segment_ids)
+    compiled = forward_and_gradients.lower(implementation, (), *arrays, segment_ids).compile()
+    scores = 4 * batch * heads * length * length
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 4
+
+
+def test_linear_cross_entropy_at_real_size(figure):
+    rows, features, vocabulary = 4096, 2048, 128256
+    x, head = random_arrays([(rows, features), (vocabulary, features)], jnp.bfloat16)
+    head = head / features**0.5
+    targets = jax.random.randint(jax.random.key(0), (rows,), 0, vocabulary)
+    weights = (jnp.arange(rows) % 3 > 0).astype(jnp.float32)
+
+    def loss(x, head):
+        return linear_cross_entropy(x, head, targets, weights)[0]
+
+    def dense(x, head):
+        logits = jnp.matmul(x, head.T, precision=jax.lax.Precision.HIGHEST)
+        at_target = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        return jnp.sum((jax.nn.logsumexp(logits, axis=1) - at_target) * weights)
+
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(x, head).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    found, dx = compiled(x, head)
+    expected, expected_dx = jax.jit(jax.value_and_grad(dense))(
+        x.astype(jnp.float32), head.astype(jnp.float32)
+    )
+    error = relative(dx, expected_dx)
+    figure("linear_cross_entropy: errors of loss, dx", f"{abs(found / expected - 1):.1e} {error:.1e}")
+    figure("linear_cross_entropy: MB of temporary memory", f"{temporary / 1e6:.0f} (< 700)")
+    assert abs(found / expected - 1) <= 1e-3 and error <= 1e-2
+    assert temporary < 700e6
