@@ -1,15 +1,17 @@
-"""Training on the GPU: checkpointing changes no gradient, and a run learns within its plan."""
+"""Training on the GPU: no attention path and no checkpointing changes what is learnt; a run fits its plan."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
+from lorajax_kernels import attention_implementations
 
-from lorajax.config import load_config
+from lorajax.config import Config, load_config
+from lorajax.errors import UserError
 from lorajax.lora.config import LoRAConfig
 from lorajax.models.checkpoint import load
 from lorajax.sharding import data_mesh
@@ -77,14 +79,31 @@ def test_recomputed_and_offloaded_gradients_equal_saved(llama_folder, figure):
         assert (host > 0) == (checkpointing == "offload")
 
 
-def test_the_quickstart_learns_within_its_plan(tmp_path, figure, capsys):
-    config = load_config(CONFIGS / "quickstart.yaml")
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, dtype="bfloat16"),
-        output=dataclasses.replace(config.output, output_dir=str(tmp_path / "run")),
+def quickstart(folder: Path, *overrides: str) -> Config:
+    """Its config, in bfloat16."""
+    return load_config(
+        CONFIGS / "quickstart.yaml",
+        [f"--output.output_dir={folder}", "--model.dtype=bfloat16", *overrides],
     )
-    result = fit(config)
+
+
+@pytest.mark.parametrize("attention", [name for name in attention_implementations() if name != "xla"])
+def test_every_attention_path_learns_alike(attention, tmp_path, figure):
+    def losses(name):
+        config = quickstart(tmp_path / name, f"--model.attention={name}", "--train.max_steps=20")
+        return np.array([row["loss"] for row in fit(config).metrics if "loss" in row])
+
+    try:
+        found = losses(attention)
+    except UserError as error:
+        pytest.skip(str(error))
+    apart = np.abs(found - losses("xla")).max()
+    figure(f"20 losses with {attention} attention against xla", f"{apart:.1e} (<= 2e-3)")
+    assert len(found) == 20 and apart <= 2e-3
+
+
+def test_the_quickstart_learns_within_its_plan(tmp_path, figure, capsys):
+    result = fit(quickstart(tmp_path / "run"))
     losses = [row["loss"] for row in result.metrics if "loss" in row]
     ratio = np.mean(losses[-10:]) / np.mean(losses[:10])
     planned = float(re.search(r"memory +([\d.]+) GiB a device", capsys.readouterr().out)[1])
