@@ -1,8 +1,8 @@
 """Times of compiled functions, and what the device itself can do: the ceilings that times are held against.
 
-Calls are queued in runs of many and the clock is read where a run ends, so that what Python and JAX do before
-each call hides behind the device's work. What takes the device less than some 100 microseconds is not measured
-well this way.
+Calls are queued in runs of many and the clock is read where a run ends, so that what Python and JAX do
+before each call hides behind the device's work. What takes the device less than some 100 microseconds is not
+measured well this way.
 """
 
 from __future__ import annotations
