@@ -18,8 +18,18 @@ from typing import Any
 
 from environment import environment
 
-SCRIPTS = ("attention", "cross_entropy")
-PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "torch", "liger-kernel", "tokamax", "flash-attn3-jax")
+SCRIPTS = ("attention", "cross_entropy", "lora", "nf4")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-triton",
+    "triton",
+    "torch",
+    "liger-kernel",
+    "tokamax",
+    "flash-attn3-jax",
+    "bitsandbytes",
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "benchmarks"))
 

@@ -1,14 +1,14 @@
 """The decoder that all families share: differences between families are options, not classes."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from lorajax_kernels import attention, segments
+from lorajax_kernels import Adapter, attention, lora_linears, segments
 
 from lorajax.lora.config import LoRAConfig
 from lorajax.memory.layers import run_layers
@@ -91,21 +91,29 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "*rows in"], dropout_key: PRNGKeyArray | None = None
     ) -> Float[Array, "*rows out"]:
-        y = _matmul(x, self.weight[...])
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
+        return project(x, [self], [dropout_key])[0]
+
+    def plain(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
+        """Without the adapter, in x's dtype; float32 means float32, not the tensor cores' 19-bit format."""
+        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype), precision=precision)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def adapter(self, dropout_key: PRNGKeyArray | None) -> Adapter | None:
         if self.lora_a is None or self.lora_b is None:
-            return y
-        if dropout_key is not None and self.lora_dropout > 0:
-            keep = jax.random.bernoulli(dropout_key, 1 - self.lora_dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.lora_dropout), 0).astype(x.dtype)
-        return y + self.lora_scale * _matmul(_matmul(x, self.lora_a[...]), self.lora_b[...])
+            return None
+        return Adapter(self.lora_a[...], self.lora_b[...], self.lora_scale, self.lora_dropout, dropout_key)
 
 
-def _matmul(x: Float[Array, "*rows in"], weight: Float[Array, "out in"]) -> Float[Array, "*rows out"]:
-    """x W^T in x's dtype; float32 means float32, not the tensor cores' 19-bit format."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), precision=precision)
+def project(
+    x: Float[Array, "*rows in"], linears: Sequence[Linear], dropout_keys: Sequence[PRNGKeyArray | None]
+) -> tuple[Float[Array, "*rows _"], ...]:
+    """Linear layers that share their input, together: with adapters, weights and biases are constants."""
+    adapters = [linear.adapter(key) for linear, key in zip(linears, dropout_keys, strict=True)]
+    if all(adapter is None for adapter in adapters):
+        return tuple(linear.plain(x) for linear in linears)
+    biases = [None if linear.bias is None else linear.bias[...] for linear in linears]
+    return lora_linears(x, [linear.weight[...] for linear in linears], adapters, biases=biases)
 
 
 class RMSNorm(nnx.Module):
@@ -135,8 +143,8 @@ class Attention(nnx.Module):
     """Grouped-query attention projections; what mixes the tokens is handed in as `attend`."""
 
     def __init__(self, options: DecoderOptions, dtype: jnp.dtype):
-        self.heads, self.kv_heads, self.head_dim = options.num_heads, options.num_kv_heads, options.head_dim
-        query, key_value = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.heads, self.head_dim = options.num_heads, options.head_dim
+        query, key_value = self.heads * self.head_dim, options.num_kv_heads * self.head_dim
         self.q_proj = Linear(options.hidden_size, query, bias=options.qkv_bias, dtype=dtype)
         self.k_proj = Linear(options.hidden_size, key_value, bias=options.qkv_bias, dtype=dtype)
         self.v_proj = Linear(options.hidden_size, key_value, bias=options.qkv_bias, dtype=dtype)
@@ -146,9 +154,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], rotation: Rotation, attend: Attend, keys: "DropoutKeys"
     ) -> Float[Array, "B T D"]:
         batch, length, _ = x.shape
-        q = self.q_proj(x, keys(0)).reshape(batch, length, self.heads, self.head_dim)
-        k = self.k_proj(x, keys(1)).reshape(batch, length, self.kv_heads, self.head_dim)
-        v = self.v_proj(x, keys(2)).reshape(batch, length, self.kv_heads, self.head_dim)
+        projected = project(x, (self.q_proj, self.k_proj, self.v_proj), (keys(0), keys(1), keys(2)))
+        q, k, v = (y.reshape(batch, length, -1, self.head_dim) for y in projected)
         mixed = attend(apply_rope(q, rotation), apply_rope(k, rotation), v)
         return self.o_proj(mixed.reshape(batch, length, self.heads * self.head_dim), keys(3))
 
@@ -164,8 +171,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(inner, hidden, bias=bias, dtype=dtype)
 
     def __call__(self, x: Float[Array, "B T D"], keys: "DropoutKeys") -> Float[Array, "B T D"]:
-        gate = ACTIVATIONS[self.activation](self.gate_proj(x, keys(4)))  # [B, T, F]
-        return self.down_proj(gate * self.up_proj(x, keys(5)), keys(6))
+        gate, up = project(x, (self.gate_proj, self.up_proj), (keys(4), keys(5)))  # [B, T, F]
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up, keys(6))
 
 
 class Block(nnx.Module):

@@ -1,0 +1,127 @@
+"""Frozen linear layers with low-rank adapters that share one input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lorajax_kernels.lora import gradient
+from lorajax_kernels.lora.operands import Adapter
+from lorajax_kernels.lora.products import ARRANGEMENTS
+from lorajax_kernels.lora.reference import reference_lora_linears
+from lorajax_kernels.nf4 import NF4Weight
+
+__all__ = ["ARRANGEMENTS", "Adapter", "lora_linear", "lora_linears", "reference_lora_linears"]
+
+
+def lora_linear(
+    x: Float[Array, "*rows in"],
+    weight: Float[Array, "out in"] | NF4Weight,
+    a: Float[Array, "R in"],
+    b: Float[Array, "out R"],
+    *,
+    scale: float = 1.0,
+    bias: Float[Array, " out"] | None = None,
+    dropout: float = 0.0,
+    key: PRNGKeyArray | None = None,
+    trainable_bias: bool = False,
+    arrangement: str = "auto",
+) -> Float[Array, "*rows out"]:
+    """x weight^T + bias + scale * dropout(x) a^T b^T: `lora_linears` of one layer."""
+    adapters = [Adapter(a, b, scale, dropout, key)]
+    return lora_linears(
+        x, [weight], adapters, biases=[bias], trainable_bias=trainable_bias, arrangement=arrangement
+    )[0]
+
+
+def lora_linears(
+    x: Float[Array, "*rows in"],
+    weights: Sequence[Float[Array, "out_i in"] | NF4Weight],
+    adapters: Sequence[Adapter | None],
+    *,
+    biases: Sequence[Float[Array, " out_i"] | None] | None = None,
+    trainable_bias: bool = False,
+    arrangement: str = "auto",
+) -> tuple[Float[Array, "*rows out_i"], ...]:
+    """Linear layers that share their input: query, key and value, or gate and up.
+
+        gate, up = lora_linears(x, [w_gate, w_up], [Adapter(a, b, scale=0.5), None])
+
+    Differentiable in x and in the adapters. Weights are constants, and so are biases unless they are trained:
+    their gradients are zero, and never computed.
+
+    The residuals are the arguments and the adapters' hidden activations x a^T, [rows, R], which have the name
+    "lora_hidden" for rematerialisation policies: they are small, and where they are saved, a layer whose
+    output is saved or not needed has nothing to compute again. x is the caller's to name, and to save,
+    recompute or offload.
+
+    Products are made in x's dtype with float32 sums; float32 is multiplied at full precision.
+
+    Args:
+        x: float32, bfloat16 or float16.
+        weights: one a layer; a float array is cast to x's dtype, an NF4Weight dequantised to it.
+        adapters: one a layer, or None for a layer without.
+        biases: likewise; None if no layer has one.
+        trainable_bias: make the biases' gradients.
+        arrangement: how the adapter's product meets the frozen one. "joined": one GEMM on [x, x a^T] and
+            [W, scale * b]; "added": two GEMMs; "auto": what moves less memory, in either pass.
+
+    Returns:
+        One output a layer, in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or options do not fit together.
+    """
+    weights, adapters = tuple(weights), tuple(adapters)
+    biases = (None,) * len(weights) if biases is None else tuple(biases)
+    _check(x, weights, adapters, biases, arrangement)
+    options = gradient.Options(arrangement, trainable_bias)
+    ys = gradient.apply(options, x.reshape(-1, x.shape[-1]), weights, adapters, biases)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def _check(
+    x: Array,
+    weights: gradient.Weights,
+    adapters: gradient.Adapters,
+    biases: gradient.Biases,
+    arrangement: str,
+) -> None:
+    if x.ndim < 1 or x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        got = f"{x.dtype} of shape {x.shape}"
+        raise ValueError(f"lora_linears: x must be [..., in] in float32, bfloat16 or float16, got {got}")
+    for name, given in (("adapters", adapters), ("biases", biases)):
+        if len(given) != len(weights):
+            raise ValueError(
+                f"lora_linears: {name} must be one for each of the {len(weights)} weights, got {len(given)}"
+            )
+    if arrangement not in ARRANGEMENTS:
+        known = ", ".join(ARRANGEMENTS)
+        raise ValueError(f"lora_linears: unknown arrangement {arrangement!r}; known: {known}")
+    if not weights:
+        raise ValueError("lora_linears: weights must hold at least one, got none")
+    width = x.shape[-1]
+    for i, (weight, adapter, bias) in enumerate(zip(weights, adapters, biases, strict=True)):
+        if len(weight.shape) != 2 or weight.shape[1] != width:
+            raise ValueError(
+                f"lora_linears: weights[{i}] must be [out, in={width}] to fit x, got shape {weight.shape}"
+            )
+        out = weight.shape[0]
+        if adapter is not None:
+            _check_adapter(f"lora_linears: adapters[{i}]", adapter, width, out)
+        if bias is not None and bias.shape != (out,):
+            raise ValueError(
+                f"lora_linears: biases[{i}] must be [out={out}] to fit weights[{i}], got shape {bias.shape}"
+            )
+
+
+def _check_adapter(where: str, adapter: Adapter, width: int, out: int) -> None:
+    a, b, dropout = adapter.a, adapter.b, adapter.dropout
+    if a.ndim != 2 or a.shape[1] != width:
+        raise ValueError(f"{where}.a must be [R, in={width}] to fit x, got shape {a.shape}")
+    if b.shape != (out, adapter.rank):
+        raise ValueError(f"{where}.b must be [out={out}, R={adapter.rank}] to fit a, got shape {b.shape}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{where}.dropout must be at least 0 and below 1, got {dropout}")

@@ -1,0 +1,195 @@
+"""Forward and backward pass of linear layers that share their input x, [rows, in].
+
+The adapters' A are stacked, and u = x A^T holds the hidden activations of all of them side by side:
+
+    forward    u = x A^T                         one product for all layers
+               y_i = x W_i^T + u S_i^T           S_i: scale_i B_i in the columns of layer i, 0 in the others
+    backward   du_i = scale_i dy_i B_i           side by side in du
+               dB_i = scale_i dy_i^T u_i
+               dA = du^T x                       one product for all layers
+               dx = sum_i dy_i W_i + du A
+
+With dropout each adapter sees its own x, and a product for all layers becomes one for each. Masks are made
+again in the backward pass, and so are weights that are dequantised or cast: its residuals are u and the
+arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
+from lorajax_kernels.lora.products import product, should_join, sum_of_products
+from lorajax_kernels.nf4 import NF4Weight
+from lorajax_kernels.precision import einsum
+
+# The columns of u are filled up with zeros to a multiple of this: rows of the joined operands then start at a
+# multiple of 16 bytes, as fast GEMMs need. XLA would copy these operands once more to pad them.
+COLUMNS = 8
+
+Rows = Float[Array, "rows in"]
+Hidden = Float[Array, "rows R"]  # R: the ranks of all adapters and what fills them up
+Outputs = Sequence[Float[Array, "rows out_i"]]
+Weights = tuple[Weight, ...]
+Adapters = tuple[Adapter | None, ...]
+Biases = tuple[Float[Array, " out_i"] | None, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is static: one of ARRANGEMENTS, and whether biases have gradients."""
+
+    arrangement: str
+    trainable_bias: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def apply(options: Options, x: Rows, weights: Weights, adapters: Adapters, biases: Biases) -> Outputs:
+    return _forward(options, x, weights, adapters, biases)[0]
+
+
+def _forward(options: Options, x: Rows, weights: Weights, adapters: Adapters, biases: Biases):
+    residuals = x, weights, adapters, biases
+    (x,), weights, adapters = _once_there((x,), x.dtype, weights, adapters)
+    u = checkpoint_name(_hidden(x, adapters), "lora_hidden")
+    ys = _outputs(options, x, u, weights, adapters)
+    ys = [y if bias is None else y + bias.astype(y.dtype) for y, bias in zip(ys, biases, strict=True)]
+    return tuple(ys), (u, *residuals)
+
+
+def _backward(options: Options, residuals, dys: Outputs):
+    u, x, weights, adapters, biases = residuals
+    dys, weights, adapters = _once_there(tuple(dys), x.dtype, weights, adapters)
+    dus, dbs = [], []
+    for dy, adapter, columns in zip(dys, adapters, _columns(adapters), strict=True):
+        if adapter is not None:
+            dus.append(product("ro,ok->rk", dy, _scaled_b(adapter, x.dtype)))
+            dbs.append(adapter.scale * einsum("ro,rk->ok", dy, u[:, columns]))
+    das = _gradients_of_a(x, dus, _present(adapters))
+    gradients = iter(map(_as_gradient, _present(adapters), das, dbs))
+    dx = _gradient_of_x(options, x, dys, dus, weights, adapters)
+    dadapters = tuple(None if adapter is None else next(gradients) for adapter in adapters)
+    dbiases = tuple(map(_gradient_of_bias, dys, biases)) if options.trainable_bias else None
+    return dx, None, dadapters, dbiases
+
+
+apply.defvjp(_forward, _backward)
+
+
+def _hidden(x: Rows, adapters: Adapters) -> Hidden:
+    present = _present(adapters)
+    if not any(adapter.drops for adapter in present):
+        return product("ri,ki->rk", x, _filled_up(_stacked_a(x, present), axis=0))
+    parts = [product("ri,ki->rk", drop(x, adapter), _stacked_a(x, [adapter])) for adapter in present]
+    return _filled_up(jnp.concatenate(parts, axis=1), axis=1)
+
+
+def _outputs(options: Options, x: Rows, u: Hidden, weights: Weights, adapters: Adapters) -> Outputs:
+    adapted = sum(
+        weight.shape[0] for weight, adapter in zip(weights, adapters, strict=True) if adapter is not None
+    )
+    join = should_join(options.arrangement, terms=2, rows=x.shape[0], k=x.shape[1], out=adapted)
+    ys = []
+    for weight, adapter, columns in zip(weights, adapters, _columns(adapters), strict=True):
+        w = dense(weight, x.dtype)
+        if adapter is None:
+            ys.append(product("ri,oi->ro", x, w))
+        else:
+            others = (columns.start, u.shape[1] - columns.stop)
+            s = jnp.pad(_scaled_b(adapter, x.dtype), ((0, 0), others))  # [out, R]
+            # [x, u] is the same for all layers, and XLA makes it once.
+            ys.append(sum_of_products((x, u), (w, s), transposed=True, join=join))
+    return ys
+
+
+def _gradients_of_a(x: Rows, dus: Sequence[Array], present: Sequence[Adapter]) -> Sequence[Array]:
+    """dA of each adapter, [R_i, in] float32."""
+    if any(adapter.drops for adapter in present):
+        return [einsum("rk,ri->ki", du, drop(x, adapter)) for du, adapter in zip(dus, present, strict=True)]
+    if not present:
+        return []
+    da = einsum("rk,ri->ki", jnp.concatenate(dus, axis=1), x)
+    return [da[columns] for columns in _columns(present)]
+
+
+def _gradient_of_x(
+    options: Options, x: Rows, dys: Outputs, dus: Sequence[Array], weights: Weights, adapters: Adapters
+) -> Rows:
+    present = _present(adapters)
+    drops = any(adapter.drops for adapter in present)
+    lefts, rights = list(dys), [dense(weight, x.dtype) for weight in weights]
+    if present and not drops:
+        lefts.append(_filled_up(jnp.concatenate(dus, axis=1), axis=1))
+        rights.append(_filled_up(_stacked_a(x, present), axis=0))
+    k = sum(dy.shape[1] for dy in dys)
+    join = should_join(options.arrangement, terms=len(lefts), rows=x.shape[0], k=k, out=x.shape[1])
+    dx = sum_of_products(lefts, rights, transposed=False, join=join)
+    if drops:
+        for du, adapter in zip(dus, present, strict=True):
+            dx = dx + drop(product("rk,ki->ri", du, _stacked_a(x, [adapter])), adapter)
+    return dx
+
+
+def _gradient_of_bias(dy: Array, bias: Array | None) -> Array | None:
+    return None if bias is None else jnp.sum(dy, axis=0, dtype=jnp.float32).astype(bias.dtype)
+
+
+def _as_gradient(adapter: Adapter, da: Array, db: Array) -> Adapter:
+    return dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype), key=None)
+
+
+def _once_there(
+    arrays: tuple[Array, ...], dtype: jnp.dtype, weights: Weights, adapters: Adapters
+) -> tuple[tuple[Array, ...], Weights, Adapters]:
+    """The same values, with the weights that are to be dequantised or cast, and the keys, behind a barrier.
+
+    Left alone, XLA may make the dense weights and the masks of many layers ahead, and it takes what the two
+    passes make for one value to keep.
+    """
+    made = [w if isinstance(w, NF4Weight) or w.dtype != dtype else None for w in weights]
+    keys = [adapter.key if adapter is not None and adapter.drops else None for adapter in adapters]
+    if not jax.tree.leaves((made, keys)):
+        return arrays, weights, adapters
+    arrays, made, keys = jax.lax.optimization_barrier((arrays, made, keys))
+    weights = tuple(w if m is None else m for w, m in zip(weights, made, strict=True))
+    adapters = tuple(
+        adapter if adapter is None or key is None else dataclasses.replace(adapter, key=key)
+        for adapter, key in zip(adapters, keys, strict=True)
+    )
+    return arrays, weights, adapters
+
+
+def _present(adapters: Adapters) -> list[Adapter]:
+    return [adapter for adapter in adapters if adapter is not None]
+
+
+def _columns(adapters: Sequence[Adapter | None]) -> list[slice]:
+    """Where each layer's hidden activations lie in u; nowhere without an adapter."""
+    ends = [0, *itertools.accumulate(0 if adapter is None else adapter.rank for adapter in adapters)]
+    return list(map(slice, ends[:-1], ends[1:]))
+
+
+def _stacked_a(x: Rows, present: Sequence[Adapter]) -> Float[Array, "R in"]:
+    """A of all these in x's dtype."""
+    none = jnp.zeros((0, x.shape[1]), x.dtype)
+    return jnp.concatenate([none, *(adapter.a.astype(x.dtype) for adapter in present)])
+
+
+def _scaled_b(adapter: Adapter, dtype: jnp.dtype) -> Float[Array, "out R"]:
+    return (adapter.scale * adapter.b.astype(jnp.float32)).astype(dtype)
+
+
+def _filled_up(x: Array, *, axis: int) -> Array:
+    """x with zeros at the end of an axis, up to a multiple of COLUMNS."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % COLUMNS)
+    return jnp.pad(x, widths)

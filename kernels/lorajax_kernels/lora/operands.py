@@ -1,0 +1,62 @@
+"""What a linear layer is made of: a frozen weight, and a low-rank adapter that sees some of x."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lorajax_kernels.nf4 import NF4Weight, dequantize_nf4
+
+Weight = Float[Array, "out in"] | NF4Weight
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("a", "b", "key"), meta_fields=("scale", "dropout")
+)
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What is added to x W^T: scale * dropout(x) a^T b^T (LoRA: Hu et al., 2021). A pytree of arrays.
+
+    Attributes:
+        a, b: trainable, float32; cast to x's dtype for the products.
+        scale: as a rule alpha / R.
+        dropout: rate, at least 0 and below 1.
+        key: of the dropout, another one for each adapter; None switches it off.
+    """
+
+    a: Float[Array, "R in"]
+    b: Float[Array, "out R"]
+    scale: float = 1.0
+    dropout: float = 0.0
+    key: PRNGKeyArray | None = None
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a.shape[0]
+
+    @property
+    def drops(self) -> bool:
+        """Whether it sees less than all of x."""
+        return self.dropout > 0 and self.key is not None
+
+
+def drop(x: Float[Array, "rows in"], adapter: Adapter) -> Float[Array, "rows in"]:
+    """What the adapter sees of x: zeros at the rate of its dropout, and larger values that make up for them.
+
+    The mask depends on the key and on the shape alone. The map is linear in x, and its own transpose.
+    """
+    if adapter.key is None or not adapter.drops:
+        return x
+    kept = 1 - adapter.dropout
+    mask = jax.random.bernoulli(adapter.key, kept, x.shape)
+    return jnp.where(mask, x / kept, 0).astype(x.dtype)
+
+
+def dense(weight: Weight, dtype: jnp.dtype) -> Float[Array, "out in"]:
+    """The weight as an array of `dtype`."""
+    return dequantize_nf4(weight, dtype) if isinstance(weight, NF4Weight) else jnp.asarray(weight, dtype)

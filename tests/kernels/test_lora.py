@@ -1,0 +1,411 @@
+"""Linear layers with adapters: what they compute, against the float32 formula, and what they leave out."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lorajax_kernels.lora import ARRANGEMENTS, Adapter, lora_linear, lora_linears, reference_lora_linears
+from lorajax_kernels.lora.products import should_join
+from lorajax_kernels.nf4 import dequantize_nf4, quantize_nf4
+
+IN = 33
+# Three layers of their own sizes and ranks; the second has no adapter, the first and the last a bias.
+OUTS, RANKS, BIASES = (17, 20, 9), (3, None, 4), (True, False, True)
+KEYS = tuple(jax.random.split(jax.random.key(0), 3))
+quantize = jax.jit(quantize_nf4)
+
+
+def normal(*shape, dtype=jnp.float32, seed=0, scale=1.0):
+    random = np.random.default_rng([seed, *shape])
+    return jnp.asarray((scale * random.standard_normal(shape)).astype(dtype))
+
+
+def layers(dtype=jnp.float32, outs=OUTS, ranks=RANKS, biases=BIASES, width=IN, dropout=0.0):
+    """(weights, adapters, biases) with outputs of about 1; each adapter has a scale of its own."""
+    small = width**-0.5
+    weights = [normal(out, width, dtype=dtype, seed=i, scale=small) for i, out in enumerate(outs)]
+    adapters = [
+        rank
+        and Adapter(
+            normal(rank, width, seed=i, scale=small),
+            normal(out, rank, seed=i),
+            scale=0.5 + i,
+            dropout=dropout,
+            key=KEYS[i] if dropout else None,
+        )
+        for i, (out, rank) in enumerate(zip(outs, ranks, strict=True))
+    ]
+    return weights, adapters, [normal(out) if has else None for out, has in zip(outs, biases, strict=True)]
+
+
+def trained(adapters, ab):
+    """The adapters with these a and b."""
+    return [
+        adapter and dataclasses.replace(adapter, a=pair[0], b=pair[1])
+        for adapter, pair in zip(adapters, ab, strict=True)
+    ]
+
+
+def outputs_and_gradients(function, x, weights, adapters, biases, dys):
+    """By name: each output, dx, and the gradients of each a, b and bias, of one compiled program."""
+
+    @jax.jit
+    def run(x, ab, biases, weights, dys):
+        def forward(x, ab, biases):
+            return function(x, weights, trained(adapters, ab), biases=biases)
+
+        ys, vjp = jax.vjp(forward, x, ab, biases)
+        return ys, *vjp(dys)
+
+    ab = [adapter and (adapter.a, adapter.b) for adapter in adapters]
+    ys, dx, dab, dbiases = run(x, ab, biases, weights, dys)
+    names = {"y": ys, "dx": dx, "dab": dab, "dbias": dbiases}
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(names)}
+
+
+def cotangents(x, weights):
+    return tuple(normal(*x.shape[:-1], weight.shape[0], dtype=x.dtype, seed=5) for weight in weights)
+
+
+def assert_close(found, expected, tolerance):
+    """Norm of the difference relative to the norm, array by array."""
+    assert found.keys() == expected.keys()
+    for name in found:
+        a, b = np.asarray(found[name], np.float64), np.asarray(expected[name], np.float64)
+        error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
+        assert a.shape == b.shape and error <= tolerance, f"{name}: {error:.1e}"
+
+
+def arranged(arrangement, **options):
+    return functools.partial(lora_linears, arrangement=arrangement, **options)
+
+
+def test_reference_is_the_formula():
+    x = normal(2, 5, IN)
+    weights, adapters, biases = layers()
+    found = jax.jit(reference_lora_linears)(x, weights, adapters, biases=biases)
+    x, (weights, biases) = np.asarray(x, np.float64), jax.tree.map(np.float64, (weights, biases))
+    for y, weight, adapter, bias in zip(found, weights, adapters, biases, strict=True):
+        expected = x @ weight.T + (0 if bias is None else bias)
+        if adapter is not None:
+            expected += adapter.scale * x @ np.float64(adapter.a).T @ np.float64(adapter.b).T
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arrangement", "options"),
+    (
+        ("joined", {}),
+        ("added", {}),
+        ("added", {"dropout": 0.4}),
+        ("joined", {"ranks": (8, 5, 11), "biases": (False, False, False)}),
+        ("auto", {"ranks": (None, None, None)}),
+    ),
+)
+def test_equals_reference(arrangement, options):
+    x = normal(2, 7, IN)
+    weights, adapters, biases = layers(**options)
+    arguments = x, weights, adapters, biases, cotangents(x, weights)
+    found = outputs_and_gradients(arranged(arrangement, trainable_bias=True), *arguments)
+    assert_close(found, outputs_and_gradients(reference_lora_linears, *arguments), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arrangement", "dtype", "weight_dtype"),
+    (
+        ("joined", jnp.bfloat16, jnp.bfloat16),
+        ("added", jnp.bfloat16, jnp.float32),
+        ("added", jnp.float16, jnp.float16),
+    ),
+)
+def test_half_precision_is_close_to_float32(arrangement, dtype, weight_dtype):
+    x = normal(64, IN, dtype=dtype)
+    weights, adapters, biases = layers(weight_dtype)
+    dys = cotangents(x, weights)
+    found = outputs_and_gradients(
+        arranged(arrangement, trainable_bias=True), x, weights, adapters, biases, dys
+    )
+    kinds = {name.split("'")[1]: leaf.dtype for name, leaf in found.items()}
+    assert kinds == {"y": dtype, "dx": dtype, "dab": jnp.float32, "dbias": jnp.float32}
+    wide = jax.tree.map(lambda array: array.astype(jnp.float32), (x, weights, dys))
+    expected = outputs_and_gradients(reference_lora_linears, *wide[:2], adapters, biases, wide[2])
+    assert_close(found, expected, 1e-2)
+
+
+def test_sums_in_float32():
+    """1 + 2^-12 many times: sums that were float16 would lose it."""
+    width = 4096
+    x = jnp.ones((3, width), jnp.float16)
+    a = jnp.full((2, width), 2.0**-12).at[:, 0].set(1.0)
+    b = jnp.full((5, 2), 0.5)
+    y = jax.jit(lora_linear)(x, jnp.zeros((5, width), jnp.float16), a, b)
+    np.testing.assert_allclose(y, np.full((3, 5), 1 + 4095 / 4096), rtol=2e-3)
+
+
+@pytest.mark.parametrize("shape", ((IN,), (2, 3, 4, IN), (0, IN)))
+def test_one_layer_with_any_leading_axes(shape):
+    x = normal(*shape)
+    [weight], [adapter], [bias] = layers(outs=(17,), ranks=(3,), biases=(True,))
+    run = jax.jit(lora_linear, static_argnames="scale")
+    y = run(x, weight, adapter.a, adapter.b, scale=adapter.scale, bias=bias)
+    assert y.shape == (*shape[:-1], 17)
+    expected = np.asarray(x) @ np.asarray(weight + adapter.scale * adapter.b @ adapter.a).T + bias
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainable_bias", (False, True))
+def test_weights_are_constants_and_biases_unless_trained(trainable_bias):
+    x = normal(6, IN)
+    weights, adapters, biases = layers()
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(weights, biases):
+        ys = lora_linears(x, weights, adapters, biases=biases, trainable_bias=trainable_bias)
+        return sum(map(jnp.sum, ys))
+
+    dweights, dbiases = gradients(weights, biases)
+    assert not any(map(np.any, dweights))
+    for dbias in filter(lambda dbias: dbias is not None, dbiases):
+        np.testing.assert_array_equal(dbias, 6.0 * trainable_bias)
+
+
+def kept(key, rate, shape):
+    """What a layer's dropout keeps of x, seen through an adapter that is the identity."""
+    width = shape[-1]
+    weight, one = jnp.zeros((width, width)), jnp.eye(width)
+    y = jax.jit(lora_linear, static_argnames="dropout")(
+        jnp.ones(shape), weight, one, one, dropout=rate, key=key
+    )
+    y = np.asarray(y)
+    mask = y != 0
+    np.testing.assert_allclose(y[mask], 1 / (1 - rate), rtol=1e-5)
+    return mask
+
+
+def test_dropout_is_the_formula_with_each_layers_own_mask():
+    """Forward and gradients, x' two uses apart: a mask that differed between the passes would show."""
+    rate, x = 0.4, normal(3, 7, IN)
+    weights, adapters, biases = layers(dropout=rate, ranks=(3, 2, 4))
+    masks = [kept(adapter.key, rate, x.shape) for adapter in adapters]
+    assert all((masks[i] != masks[j]).any() for i, j in ((0, 1), (0, 2), (1, 2)))
+
+    def formula(x, weights, adapters, *, biases):
+        return tuple(
+            jnp.einsum("bti,oi->bto", x, weight)
+            + (0 if bias is None else bias)
+            + adapter.scale * (mask / (1 - rate) * x @ adapter.a.T) @ adapter.b.T
+            for weight, adapter, bias, mask in zip(weights, adapters, biases, masks, strict=True)
+        )
+
+    arguments = x, weights, adapters, biases, cotangents(x, weights)
+    found = outputs_and_gradients(arranged("auto", trainable_bias=True), *arguments)
+    assert_close(found, outputs_and_gradients(formula, *arguments), 1e-5)
+
+
+def test_dropout_keeps_the_mean_and_is_off_without_a_key():
+    mask = kept(KEYS[0], 0.25, (2000, 8))
+    assert mask.mean() == pytest.approx(0.75, abs=0.02)
+    x = normal(5, IN)
+    weights, adapters, _ = layers(dropout=0.25)
+    off = [adapter and dataclasses.replace(adapter, key=None) for adapter in adapters]
+    never = [adapter and dataclasses.replace(adapter, dropout=0.0) for adapter in adapters]
+    run = jax.jit(lora_linears)
+    for a, b in zip(run(x, weights, off), run(x, weights, never), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def gradient_of_all(function, outer):
+    """A function of (x, adapters, weights): the gradients of sum(outer(y)) in the first two."""
+
+    def loss(x, adapters, weights):
+        return sum(jnp.sum(outer(y)) for y in function(x, weights, adapters))
+
+    return jax.grad(loss, (0, 1), allow_int=True)
+
+
+def dots(function, *arguments):
+    """Output shapes of the products that are left of a function once it is compiled."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    return [tuple(map(int, shape.split(","))) for shape in re.findall(r"= \w+\[([\d,]*)\]\S* dot\(", text)]
+
+
+@pytest.mark.parametrize("arrangement", ("joined", "added"))
+def test_no_product_has_the_shape_of_a_weight(arrangement):
+    x, (weights, adapters, _) = normal(48, IN), layers()
+    arguments = x, adapters, weights
+    forbidden = {shape for weight in weights for shape in (weight.shape, weight.shape[::-1])}
+    ours = dots(gradient_of_all(arranged(arrangement), jnp.sin), *arguments)
+    assert len(ours) >= 10 and not forbidden & set(ours)
+
+    def with_weights(x, adapters, weights):
+        def loss(weights):
+            return sum(map(jnp.sum, map(jnp.square, reference_lora_linears(x, weights, adapters))))
+
+        return jax.grad(loss)(weights)
+
+    assert forbidden & set(dots(with_weights, *arguments))  # the measure can see them
+
+
+# u; y of each layer, twice where its parts are added; du and dB of each adapter; dA; dx, in as many parts.
+@pytest.mark.parametrize(
+    ("arrangement", "dropout", "expected"),
+    (
+        ("joined", 0.0, 1 + 3 + 2 + 2 + 1 + 1),
+        ("added", 0.0, 1 + 3 + 2 + 2 + 2 + 1 + 4),
+        ("joined", 0.5, 2 + 3 + 2 + 2 + 2 + 1 + 2),
+        ("added", 0.5, 2 + 3 + 2 + 2 + 2 + 2 + 3 + 2),
+    ),
+)
+def test_number_of_products(arrangement, dropout, expected):
+    x, (weights, adapters, _) = normal(48, IN), layers(dropout=dropout)
+    gradient = gradient_of_all(arranged(arrangement), jnp.sin)
+    text = str(jax.make_jaxpr(gradient)(x, adapters, weights))
+    assert text.count("dot_general[") == expected
+
+
+def test_auto_joins_where_that_moves_less():
+    """Narrow x, wide outputs: the forward pass joins, the backward pass does not; the other way round too."""
+    for width, outs, expected in (
+        (16, (64, 64), 1 + 2 + 2 + 2 + 1 + 3),
+        (128, (16, 16), 1 + 4 + 2 + 2 + 1 + 1),
+    ):
+        x, (weights, adapters, _) = (
+            normal(256, width),
+            layers(outs=outs, ranks=(4, 4), biases=(False, False), width=width),
+        )
+        gradient = gradient_of_all(lora_linears, jnp.sin)
+        text = str(jax.make_jaxpr(gradient)(x, adapters, weights))
+        assert text.count("dot_general[") == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "out", "terms", "expected"),
+    (
+        (16384, 2048, 16384, 2, True),  # gate and up of Llama-3.2-1B, forward
+        (16384, 16384, 2048, 3, False),  # backward
+        (16384, 8192, 2048, 2, False),  # down, forward
+        (16384, 2048, 8192, 2, True),  # backward
+        (16384, 3072, 2048, 4, True),  # query, key and value, backward
+        (8, 2048, 16384, 2, False),  # decoding: a copy of the weights would be most of the work
+    ),
+)
+def test_rule_of_auto(rows, k, out, terms, expected):
+    sizes = {"terms": terms, "rows": rows, "k": k, "out": out}
+    assert should_join("auto", **sizes) is expected
+    assert should_join("joined", **sizes) and not should_join("added", **sizes)
+
+
+def test_residuals_are_arguments_and_the_hidden_activations():
+    x = normal(4, 12, IN, dtype=jnp.bfloat16)
+    weights, adapters, _ = layers(jnp.bfloat16, dropout=0.5)
+    weights[2] = quantize(weights[2])
+
+    def residuals(x, weights, adapters):
+        _, vjp = jax.vjp(lambda x, adapters: lora_linears(x, weights, adapters), x, adapters)
+        return jax.tree.leaves(vjp)
+
+    leaves = jax.eval_shape(residuals, x, weights, adapters)
+    known = {leaf.shape for leaf in jax.tree.leaves((weights, adapters))}
+    others = sorted((leaf.shape, leaf.dtype) for leaf in leaves if leaf.shape not in known)
+    assert others == [((48, 8), jnp.bfloat16), ((48, IN), jnp.bfloat16)]  # ranks 3 + 4, filled up; x
+
+
+def test_saving_the_hidden_activations_leaves_only_outputs_to_recompute():
+    x, (weights, adapters, _) = normal(48, IN), layers()
+
+    def products(policy, outer):
+        @functools.partial(jax.checkpoint, policy=policy)
+        def loss(x, adapters, weights):
+            ys = lora_linears(x, weights, adapters, arrangement="joined")
+            return sum(jnp.sum(outer(y)) for y in ys)
+
+        # What is lowered has lost what is not used.
+        return (
+            jax.jit(jax.value_and_grad(loss, (0, 1)))
+            .lower(x, adapters, weights)
+            .as_text()
+            .count("dot_general")
+        )
+
+    policies = jax.checkpoint_policies
+    named = policies.save_only_these_names("lora_hidden")
+    for outer, outputs in ((jnp.sin, 3), (lambda y: y, 0)):  # the gradient of the sine needs them
+        least = products(policies.everything_saveable, outer)
+        assert products(named, outer) == least + outputs
+        assert products(policies.nothing_saveable, outer) == least + outputs + 1  # and x a^T
+
+
+def test_nf4_equals_its_dense_weight():
+    x = normal(2, 5, IN, dtype=jnp.bfloat16)
+    weights, adapters, biases = layers(jnp.bfloat16)
+    quantised = [*weights[:2], quantize(weights[2])]
+    equal = [*weights[:2], jax.jit(dequantize_nf4)(quantised[2])]
+    dys = cotangents(x, weights)
+    found = outputs_and_gradients(lora_linears, x, quantised, adapters, biases, dys)
+    assert_close(found, outputs_and_gradients(lora_linears, x, equal, adapters, biases, dys), 1e-6)
+
+
+@pytest.mark.parametrize("source", ("nf4", "dropout"))
+def test_weights_and_masks_are_made_again_not_kept(source, monkeypatch):
+    """A compiler that found the same computation in both passes would keep the result of the first."""
+    x, (weights, adapters, _) = normal(48, IN), layers(dropout=0.5 * (source == "dropout"))
+    weights = [*weights[:2], quantize(weights[2])] if source == "nf4" else weights
+
+    def bernoulli(key, _, shape):
+        return jnp.tanh(1.0 * jax.random.key_data(key)[1] * jnp.arange(48 * IN).reshape(shape)) > 0.1
+
+    monkeypatch.setattr(jax.random, "bernoulli", bernoulli)  # the real one is many operations in a loop
+    operation = " gather(" if source == "nf4" else " tanh("
+
+    def number(function):
+        return jax.jit(function).lower(x, adapters, weights).compile().as_text().count(operation)
+
+    once = number(lambda x, adapters, weights: lora_linears(x, weights, adapters))
+    assert once > 0
+    assert number(gradient_of_all(lora_linears, jnp.sin)) == 2 * once
+
+
+@pytest.mark.parametrize("source", (None, "nf4", "cast", "dropout"))
+def test_nothing_is_made_before_it_is_needed(source):
+    """What keeps a compiler from it is a barrier in each pass, where there is something to make."""
+    x, (weights, adapters, _) = normal(48, IN), layers(dropout=0.5 * (source == "dropout"))
+    if source in ("nf4", "cast"):
+        weights[2] = quantize(weights[2]) if source == "nf4" else weights[2].astype(jnp.bfloat16)
+    gradient = jax.make_jaxpr(gradient_of_all(lora_linears, jnp.sin))(x, adapters, weights)
+    assert str(gradient).count("optimization_barrier") == (0 if source is None else 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"x": jnp.zeros((2, IN), jnp.int32)}, r"x must be \[\.\.\., in\] in float32, .* got int32 of shape"),
+        (
+            {"x": jnp.zeros((2, IN + 1))},
+            r"weights\[0\] must be \[out, in=34\] to fit x, got shape \(17, 33\)",
+        ),
+        ({"adapters": [None]}, "adapters must be one for each of the 3 weights, got 1"),
+        ({"biases": [None]}, "biases must be one for each of the 3 weights, got 1"),
+        ({"biases": [None, None, jnp.zeros(8)]}, r"biases\[2\] must be \[out=9\] to fit weights\[2\], got"),
+        ({"weights": [], "adapters": []}, "weights must hold at least one"),
+        ({"arrangement": "best"}, "unknown arrangement 'best'; known: auto, joined, added"),
+        ({"adapter": {"a": jnp.zeros((3, IN + 1))}}, r"adapters\[0\]\.a must be \[R, in=33\] to fit x, got"),
+        ({"adapter": {"b": jnp.zeros((17, 4))}}, r"adapters\[0\]\.b must be \[out=17, R=3\] to fit a, got"),
+        ({"adapter": {"dropout": 1.0}}, r"adapters\[0\]\.dropout must be at least 0 and below 1, got 1.0"),
+    ),
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    weights, adapters, _ = layers()
+    arguments = {"x": jnp.zeros((2, IN)), "weights": weights, "adapters": adapters} | change
+    if adapter := arguments.pop("adapter", None):
+        arguments["adapters"] = [dataclasses.replace(adapters[0], **adapter), *adapters[1:]]
+    with pytest.raises(ValueError, match=f"lora_linears: {message}"):
+        lora_linears(**arguments)
+
+
+def test_arrangements_are_those_that_are_tested():
+    assert set(ARRANGEMENTS) == {"auto", "joined", "added"}
