@@ -5,6 +5,7 @@
 - `linear_cross_entropy`: the loss of the head without its logits.
 - `lora_linear`, `lora_linears`: frozen layers with adapters that share their input.
 - `quantize_nf4`, `dequantize_nf4`, `nf4_linear`: weights of 4 bits an element.
+- `rms_norm`, `rope`, `swiglu`, `geglu`: what lies between the products.
 - `segments`: where the segments of a row start and end.
 - `device`: what the device can do, and `choose`, the rule that picks an op's implementation.
 - `checked`: a mode in which the ops look at values too.
@@ -19,6 +20,7 @@ from lorajax_kernels.attention import (
 )
 from lorajax_kernels.checks import checked
 from lorajax_kernels.cross_entropy import linear_cross_entropy
+from lorajax_kernels.elementwise import geglu, rms_norm, rope, swiglu
 from lorajax_kernels.lora import Adapter, lora_linear, lora_linears
 from lorajax_kernels.nf4 import NF4Weight, dequantize_nf4, nf4_linear, quantize_nf4
 
@@ -32,10 +34,14 @@ __all__ = [
     "choose_attention",
     "dequantize_nf4",
     "device",
+    "geglu",
     "linear_cross_entropy",
     "lora_linear",
     "lora_linears",
     "nf4_linear",
     "quantize_nf4",
+    "rms_norm",
+    "rope",
     "segments",
+    "swiglu",
 ]

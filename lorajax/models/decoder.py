@@ -8,17 +8,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from lorajax_kernels import Adapter, attention, lora_linears, segments
+from lorajax_kernels import (
+    Adapter,
+    attention,
+    geglu,
+    lora_linears,
+    rms_norm,
+    rope,
+    segments,
+    swiglu,
+)
 
 from lorajax.lora.config import LoRAConfig
 from lorajax.memory.layers import run_layers
-from lorajax.models.rope import RopeOptions, Rotation, apply_rope, rope_angles
+from lorajax.models.rope import RopeOptions, Rotation, rope_angles
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
+# hidden_act of config.json -> (gate [*rows, F], up [*rows, F]) -> [*rows, F].
+GATES: dict[str, Callable[[Array, Array], Array]] = {
+    "silu": swiglu,
+    "gelu": functools.partial(geglu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(geglu, approximate=True),
+    "relu": lambda gate, up: jax.nn.relu(gate) * up,
 }
 
 # What mixes tokens: (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> [B,T,N,H].
@@ -39,7 +49,7 @@ class DecoderOptions:
         head_dim: H; N * H need not be D.
         max_position: what the config calls max_position_embeddings, in tokens.
         norm_epsilon: added to the mean square in RMSNorm.
-        activation: one of ACTIVATIONS, applied to the gate.
+        activation: one of GATES: how gate and up meet.
         tie_embeddings: the head is the embedding table.
         qkv_bias, output_bias, mlp_bias: which projections carry a bias.
         rope: position encoding.
@@ -117,16 +127,14 @@ def project(
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation (Zhang and Sennrich, 2019), statistics in float32."""
+    """Root-mean-square normalisation, weight [D]."""
 
     def __init__(self, features: int, epsilon: float, dtype: jnp.dtype):
         self.weight = nnx.Param(jnp.ones((features,), dtype))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (normed.astype(x.dtype) * self.weight[...].astype(x.dtype)).astype(x.dtype)
+        return rms_norm(x, self.weight[...], epsilon=self.epsilon)
 
 
 class Embedding(nnx.Module):
@@ -156,7 +164,7 @@ class Attention(nnx.Module):
         batch, length, _ = x.shape
         projected = project(x, (self.q_proj, self.k_proj, self.v_proj), (keys(0), keys(1), keys(2)))
         q, k, v = (y.reshape(batch, length, -1, self.head_dim) for y in projected)
-        mixed = attend(apply_rope(q, rotation), apply_rope(k, rotation), v)
+        mixed = attend(rope(q, *rotation), rope(k, *rotation), v)
         return self.o_proj(mixed.reshape(batch, length, self.heads * self.head_dim), keys(3))
 
 
@@ -172,7 +180,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], keys: "DropoutKeys") -> Float[Array, "B T D"]:
         gate, up = project(x, (self.gate_proj, self.up_proj), (keys(4), keys(5)))  # [B, T, F]
-        return self.down_proj(ACTIVATIONS[self.activation](gate) * up, keys(6))
+        return self.down_proj(GATES[self.activation](gate, up), keys(6))
 
 
 class Block(nnx.Module):

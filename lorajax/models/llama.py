@@ -3,7 +3,7 @@
 from typing import Any
 
 from lorajax.errors import UserError
-from lorajax.models.decoder import ACTIVATIONS, DecoderOptions
+from lorajax.models.decoder import GATES, DecoderOptions
 from lorajax.models.rope import ROPE_TYPES, RopeOptions
 
 # Tree path -> Hugging Face name, both without the leaf (weight, bias): for import, PEFT and merging alike.
@@ -30,8 +30,8 @@ def options(hf_config: dict[str, Any]) -> DecoderOptions:
         UserError: an option that the decoder does not have.
     """
     activation = hf_config.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise UserError(f"config.json: hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if activation not in GATES:
+        raise UserError(f"config.json: hidden_act {activation!r} is not one of {', '.join(GATES)}")
     heads = _size(hf_config, "num_attention_heads", 32)
     kv_heads = _size(hf_config, "num_key_value_heads", heads)
     if heads % kv_heads:

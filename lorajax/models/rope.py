@@ -81,10 +81,3 @@ class Rotation(NamedTuple):
     @classmethod
     def by(cls, angles: Float[Array, "B T H/2"]) -> "Rotation":
         return cls(jnp.cos(angles), jnp.sin(angles))
-
-
-def apply_rope(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
-    """Rotate feature pairs (i, i + H/2), Hugging Face's layout, in float32; the result has x's dtype."""
-    cos, sin = rotation.cos[:, :, None], rotation.sin[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,97 @@
+"""Elementwise ops against their formulas in float64, and their gradients against differences of these."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lorajax_kernels import geglu, rms_norm, rope, swiglu
+
+erf = np.vectorize(math.erf)
+
+
+def rms_norm_64(x, weight, epsilon=1e-3):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * weight
+
+
+def rope_64(x, angle):
+    """By complex numbers: pair i is x_i + j x_(i + H/2)."""
+    half = x.shape[-1] // 2
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)[:, :, None]
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def swiglu_64(gate, up):
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def geglu_64(gate, up, approximate=True):
+    inner = np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
+    return 0.5 * gate * (1 + (np.tanh(inner) if approximate else erf(gate / np.sqrt(2)))) * up
+
+
+def turned(x, angle):
+    return rope(x, jnp.cos(angle), jnp.sin(angle))
+
+
+# name: the op, its formula, and the shapes of its arguments; those after the first `trained` have no gradient
+OPS = {
+    "rms_norm": (functools.partial(rms_norm, epsilon=1e-3), rms_norm_64, ((3, 5, 8), (8,)), 2),
+    "rope": (turned, rope_64, ((2, 5, 3, 8), (2, 5, 4)), 1),
+    "swiglu": (swiglu, swiglu_64, ((3, 5, 8), (3, 5, 8)), 2),
+    "geglu": (functools.partial(geglu, approximate=True), geglu_64, ((3, 8), (3, 8)), 2),
+    "exact geglu": (
+        functools.partial(geglu, approximate=False),
+        functools.partial(geglu_64, approximate=False),
+        ((3, 8), (3, 8)),
+        2,
+    ),
+}
+
+
+def arguments(shapes):
+    random = np.random.default_rng(0)
+    return [2 * random.standard_normal(shape) for shape in shapes]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_equals_the_formula(name):
+    op, formula, shapes, _ = OPS[name]
+    given = arguments(shapes)
+    found = jax.jit(op)(*(jnp.asarray(x, jnp.float32) for x in given))
+    np.testing.assert_allclose(found, formula(*given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_are_differences_of_the_formula(name):
+    op, formula, shapes, trained = OPS[name]
+    given = arguments(shapes)
+    out = formula(*given)
+    weights = np.random.default_rng(1).standard_normal(out.shape)
+    floats = [jnp.asarray(x, jnp.float32) for x in given]
+    gradient = jax.jit(jax.grad(lambda *x: jnp.sum(op(*x) * weights), argnums=tuple(range(trained))))
+    for i, found in enumerate(gradient(*floats)):
+        direction = np.random.default_rng(2).standard_normal(found.shape)
+        ends = [[*given[:i], given[i] + step * direction, *given[i + 1 :]] for step in (-1e-5, 1e-5)]
+        low, high = ((formula(*end) * weights).sum() for end in ends)
+        assert (found * direction).sum() == pytest.approx((high - low) / 2e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+@pytest.mark.parametrize("name", OPS)
+def test_half_precision_keeps_its_dtype(name, dtype):
+    op, formula, shapes, _ = OPS[name]
+    given = arguments(shapes)
+    # Angles are float32 whatever x is.
+    halves = [jnp.asarray(x, jnp.float32 if name == "rope" and i else dtype) for i, x in enumerate(given)]
+    found = jax.jit(op)(*halves)
+    assert found.dtype == dtype
+    expected = formula(*(np.asarray(x, np.float64) for x in halves))
+    assert np.linalg.norm(np.asarray(found, np.float64) - expected) <= 1e-2 * np.linalg.norm(expected)
+
+
+def test_rms_norm_of_large_halves_does_not_overflow():
+    x = jnp.full((1, 8), 6e4, jnp.float16)
+    np.testing.assert_array_equal(rms_norm(x, jnp.ones(8, jnp.float16), epsilon=1e-6), 1)
