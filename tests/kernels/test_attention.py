@@ -215,8 +215,8 @@ def test_choice_names_the_first_that_can_serve_and_says_why_not_the_others(monke
 
 def test_unknown_implementation_lists_the_known_ones():
     q, k, v, _ = qkv(4, 2)
-    assert lorajax_kernels.attention_implementations() == ("xla", "reference", "cudnn")
-    with pytest.raises(ValueError, match="implementation 'flash'; known: auto, xla, reference, cudnn"):
+    assert lorajax_kernels.attention_implementations() == ("xla", "reference", "cudnn", "triton")
+    with pytest.raises(ValueError, match="'flash'; known: auto, xla, reference, cudnn, triton"):
         attention(q, k, v, SEGMENT_IDS, implementation="flash")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lorajax_kernels.attention import cudnn
+from lorajax_kernels.attention import cudnn, triton
 from lorajax_kernels.attention.cached import cached_attention
 from lorajax_kernels.attention.problem import Problem
 from lorajax_kernels.attention.reference import reference_attention
@@ -26,6 +26,7 @@ _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
     Implementation("xla", _anywhere, xla_attention),
     Implementation("reference", _anywhere, reference_attention),
     Implementation("cudnn", cudnn.why_not, cudnn.cudnn_attention),
+    Implementation("triton", triton.why_not, triton.triton_attention),
 )
 
 
