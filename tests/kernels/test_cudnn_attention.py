@@ -137,8 +137,7 @@ def arrays(batch, length, heads=HEADS):
     return [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("max_segments", (5, 7))
-@pytest.mark.parametrize("window", (None, 6))
+@pytest.mark.parametrize(("window", "max_segments"), ((None, 5), (6, 7)))
 def test_equals_the_reference(stand_in, window, max_segments):
     options = {"scale": 0.3, "window": window}
     ours = functools.partial(cudnn.cudnn_attention, softcap=None, max_segments=max_segments, **options)

@@ -215,6 +215,7 @@ def test_a_checkpoint_of_another_structure_is_refused_with_all_that_differs(tmp_
         restore_state(tmp_path / "1", make_state()._replace(trainable=less))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused_with_all_that_differs(quick_config, tmp_path):
     fit(quick_config(output={"save_steps": 2, "save_total_limit": 4}))
     checkpoint = tmp_path / "run" / "checkpoints" / "4"

@@ -322,6 +322,7 @@ def test_full_mode_learns_answers_and_where_they_end(quick_config, one_layer_fol
 # --- packing, evaluation at the end, a config from a file ---
 
 
+@pytest.mark.slow
 def test_packing_changes_the_rows_but_not_the_loss(quick_config, numbered, tmp_path):
     path = numbered(range(8))
     results = []

@@ -263,6 +263,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert (tmp_path / "run" / file).read_bytes() == (other / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_before_its_first_step_is_in_nobodys_way(quick_config, one_layer_folder, tmp_path):
     spoiled = tmp_path / "spoiled"
     spoiled.mkdir()

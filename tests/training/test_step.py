@@ -298,6 +298,7 @@ def assert_same_state(found, expected):
         np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_learns(dtype, half_run, gradient):
     step, state, batch = half_run(dtype)
