@@ -8,7 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lorajax_kernels import attention, attention_implementations, choose_attention, linear_cross_entropy
+from lorajax_kernels import (
+    Adapter,
+    attention,
+    attention_implementations,
+    choose_attention,
+    dequantize_nf4,
+    linear_cross_entropy,
+    lora_linears,
+    quantize_nf4,
+)
+from lorajax_kernels.lora import ARRANGEMENTS, reference_lora_linears
+from lorajax_kernels.nf4 import choose_nf4
 
 KERNELS = [name for name in attention_implementations() if name != "reference"]
 MAX_SEGMENTS = 7
@@ -177,3 +188,53 @@ def test_linear_cross_entropy_at_real_size(figure):
     figure("linear_cross_entropy: MB of temporary memory", f"{temporary / 1e6:.0f} (< 700)")
     assert abs(found / expected - 1) <= 1e-3 and error <= 1e-2
     assert temporary < 700e6
+
+
+@pytest.mark.parametrize("double_quant", (False, True))
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16", "float32"))
+def test_nf4_implementations_dequantize_alike_bit_for_bit(dtype, double_quant):
+    [w] = random_arrays([(4096, 14336)], jnp.bfloat16)
+    q = quantize_nf4(w, double_quant)
+    try:
+        choose_nf4(q, dtype, implementation="triton")
+    except ValueError as error:
+        pytest.skip(str(error))
+    words = jnp.uint32 if dtype == "float32" else jnp.uint16
+    bits = [
+        jax.jit(lambda q, name=name: dequantize_nf4(q, dtype, implementation=name).view(words))(q)
+        for name in ("triton", "xla")
+    ]
+    assert bits[0].shape == w.shape
+    np.testing.assert_array_equal(*map(np.asarray, bits))
+
+
+@pytest.mark.parametrize("quantised", (False, True))
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_layers_with_adapters(arrangement, quantised, figure):
+    """Gate and up of Llama-3.2-1B on 4096 tokens, the second with dropout."""
+    rows, features, out, rank = 4096, 2048, 8192, 32
+    x, dy, *weights = random_arrays([(rows, features), (rows, out), *[(out, features)] * 2], jnp.bfloat16)
+    weights = [weight / features**0.5 for weight in weights]
+    if quantised:
+        weights = [quantize_nf4(weight) for weight in weights]
+    a, b = random_arrays([(rank, features), (out, rank)], jnp.float32)
+    a, b = a / features**0.5, b / rank**0.5
+
+    def run(function, x, dy):
+        @jax.jit
+        def forward_and_gradients(x, a, b, dy):
+            def forward(x, a, b):
+                adapters = [Adapter(a, b, 0.5), Adapter(a, b, 0.5, 0.1, jax.random.key(0))]
+                return function(x, weights, adapters)
+
+            ys, vjp = jax.vjp(forward, x, a, b)
+            return *ys, *vjp((dy, dy))
+
+        return forward_and_gradients(x, a, b, dy)
+
+    found = run(functools.partial(lora_linears, arrangement=arrangement), x, dy)
+    expected = run(reference_lora_linears, x.astype(jnp.float32), dy.astype(jnp.float32))
+    errors = [relative(a, b) for a, b in zip(found, expected, strict=True)]
+    case = f"{arrangement}{', NF4' if quantised else ''}"
+    figure(f"lora_linears {case}: errors of y, y, dx, da, db", " ".join(f"{error:.1e}" for error in errors))
+    assert max(errors) <= 1e-2
