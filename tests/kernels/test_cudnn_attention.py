@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 
 import jax
@@ -178,6 +179,31 @@ def test_saving_the_named_residuals_avoids_a_second_forward_pass(stand_in):
 
     assert calls("segment_bounds", "attention_output", "attention_lse") == 2  # forward, backward
     assert calls("segment_bounds") == 3
+
+
+def test_what_jax_hands_to_cudnn():
+    """Lowered for a GPU that is not there: the segments reach both calls, and the log-sum-exp the second."""
+    shapes = [(4, 384, n, 64) for n in (8, 2, 2, 8)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    segment_ids = jax.ShapeDtypeStruct((4, 384), jnp.int32)
+
+    def forward_and_backward(q, k, v, dout, segment_ids):
+        def attend(q, k, v):
+            options = {"scale": 0.1, "window": None, "softcap": None, "max_segments": 6}
+            return cudnn.cudnn_attention(q, k, v, segment_ids, **options)
+
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, vjp(dout)
+
+    traced = jax.jit(forward_and_backward).trace(*arrays, segment_ids)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @(\S*fmha\w*)\(.*? : \((.*)\) -> \((.*)\)", text)
+    q, kv, stats = "tensor<4x384x8x64xbf16>", "tensor<4x384x2x64xbf16>", "tensor<24x8x384xf32>"
+    segments = "tensor<4x6xi32>, tensor<4x6xi32>, tensor<4x7xi32>, tensor<4x7xi32>"
+    (forward, taken, made), (backward, taken_back, _) = calls
+    assert (forward, backward) == ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+    assert taken == f"{q}, {kv}, {kv}, {segments}" and stats in made
+    assert taken_back == f"{q}, {kv}, {kv}, {stats}, {q}, {q}, {segments}"
 
 
 row = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), min_size=1, max_size=6)
