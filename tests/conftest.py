@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from lorajax.config import DataConfig
+
+if shutil.which("nvidia-smi") is None:
+    # On a CPU most of the time goes into LLVM's optimisation of programs that then run for milliseconds.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 LINES = [
     "The quick brown fox jumps over the lazy dog.",
