@@ -27,21 +27,11 @@ from lorajax_kernels.attention.problem import Problem
 from lorajax_kernels.attention.reference import reference_attention
 from lorajax_kernels.device import HOPPER, Device, current_device
 
-_OPTIONS = ("scale", "seed", "dropout_rate", "variadic_args", "mask_type", "layout", "sliding_window_length")
 _ARRAYS = ("query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets")
 _PAGES = ("page_table_k", "page_table_v")
-# Parameters of the private functions behind the primitives, as this file calls them.
-_EXPECTED = {
-    "_dot_product_attention_fwd_impl": (*_ARRAYS, *_PAGES, *_OPTIONS, "is_training"),
-    "_dot_product_attention_bwd_impl": (
-        *_ARRAYS,
-        *_PAGES,
-        "activation",
-        "fwd_output",
-        "grad_output",
-        *_OPTIONS,
-    ),
-}
+_OPTIONS = ("scale", "seed", "dropout_rate", "variadic_args", "mask_type", "layout", "sliding_window_length")
+# What the private functions behind the primitives take besides: (their last arrays, their last option).
+_LAST = {"fwd": ((), ("is_training",)), "bwd": (("activation", "fwd_output", "grad_output"), ())}
 # The probe's relative error, in norm, of half precision against float32.
 _TOLERANCE = 2e-2
 
@@ -160,6 +150,7 @@ def _run(options: _Options, direction: str, *arrays: Array, **settings: Any) -> 
         mask_type=private.MaskType.PADDING_CAUSAL,
         layout=private.AttentionLayout.BTNH.value,
         sliding_window_length=options.window,
+        **({"score_mod": None} if _has_score_mod() else {}),
         **settings,
     )
 
@@ -170,12 +161,25 @@ def _private() -> Any:
     return fused_attention_stablehlo
 
 
+def _has_score_mod() -> bool:
+    """Since 0.12 the primitives take a function that changes scores, and its arguments."""
+    return "score_mod" in inspect.signature(_private()._dot_product_attention_fwd_impl).parameters
+
+
+def _expected(direction: str) -> tuple[str, ...]:
+    """The parameters that the private function of a direction is known to have."""
+    arrays, option = _LAST[direction]
+    function, arguments = (("score_mod",), ("score_mod_args",)) if _has_score_mod() else ((), ())
+    return (*_ARRAYS, *_PAGES, *arrays, *arguments, *_OPTIONS, *function, *option)
+
+
 @functools.cache
 def _why_not_this_jax(is_grouped: bool) -> str | None:
     try:
         private = _private()
-        for name, expected in _EXPECTED.items():
-            if tuple(inspect.signature(getattr(private, name)).parameters) != expected:
+        for direction in _LAST:
+            name = f"_dot_product_attention_{direction}_impl"
+            if tuple(inspect.signature(getattr(private, name)).parameters) != _expected(direction):
                 return f"jax {jax.__version__} has another {name} than this library knows"
         wrappers = ("_dot_product_attention_fwd_p_wrapper", "_dot_product_attention_bwd_p_wrapper")
         if missing := [name for name in wrappers if not hasattr(private, name)]:
