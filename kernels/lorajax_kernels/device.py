@@ -80,7 +80,7 @@ def _why_no_triton(compute_capability: tuple[int, int]) -> str | None:
         return f"Triton needs compute capability 8.0, this GPU has {_dotted(compute_capability)}"
     missing = [name for name in ("triton", "jax_triton") if not _is_installed(name)]
     if missing:
-        return f"{' and '.join(missing).replace('_', '-')} not installed (pip install 'lorajax[cuda13]')"
+        return f"{' and '.join(missing).replace('_', '-')} not installed (pip install jax-triton)"
     return None
 
 
