@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from lorajax_kernels.lora import ARRANGEMENTS, Adapter, lora_linears
-from lorajax_kernels.lora.products import product, sum_of_products
+from lorajax_kernels.lora.products import sum_of_products
+from lorajax_kernels.precision import product
 from results import Ceilings, Row, Work, measure_case, run_alone
 
 CUBLAS = {"xla_gpu_triton_gemm_any": False}

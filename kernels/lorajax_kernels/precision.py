@@ -18,3 +18,12 @@ def einsum(equation: str, *operands: Array) -> Array:
         precision=jax.lax.Precision.HIGHEST if wide else None,
         preferred_element_type=jnp.float32,
     )
+
+
+def product(equation: str, left: Array, right: Array) -> Array:
+    """jnp.einsum of two operands of one dtype, with a result of that dtype from float32 sums.
+
+    A float32 result that is cast afterwards would cost a pass where XLA takes cuBLAS.
+    """
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jnp.einsum(equation, left, right, precision=precision)

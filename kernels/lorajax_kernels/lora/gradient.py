@@ -28,9 +28,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
-from lorajax_kernels.lora.products import product, should_join, sum_of_products
+from lorajax_kernels.lora.products import should_join, sum_of_products
 from lorajax_kernels.nf4 import NF4Weight
-from lorajax_kernels.precision import einsum
+from lorajax_kernels.precision import einsum, product
 
 # The columns of u are filled up with zeros to a multiple of this: rows of the joined operands then start at a
 # multiple of 16 bytes, as fast GEMMs need. XLA would copy these operands once more to pad them.

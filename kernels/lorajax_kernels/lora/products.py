@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from lorajax_kernels.precision import product
 
 ARRANGEMENTS = ("auto", "joined", "added")
 
 # What "auto" compares: the cost of an element that is copied to be joined, and of one written to be added.
 COPIED, ADDED = 1.0, 1.0
-
-
-def product(equation: str, left: Array, right: Array) -> Array:
-    """jnp.einsum of two operands of one dtype, with a result of that dtype from float32 sums.
-
-    A float32 result that is cast afterwards would cost a pass where XLA takes cuBLAS.
-    """
-    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return jnp.einsum(equation, left, right, precision=precision)
 
 
 def sum_of_products(

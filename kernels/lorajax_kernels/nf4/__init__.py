@@ -21,6 +21,7 @@ from lorajax_kernels.device import Choice, Device, Implementation, choose
 from lorajax_kernels.nf4 import triton
 from lorajax_kernels.nf4.reference import BLOCK, CODE, DYNAMIC_CODE, GROUP, reference_dequantize
 from lorajax_kernels.nf4.xla import xla_dequantize, xla_quantize
+from lorajax_kernels.precision import product
 
 __all__ = [
     "NF4Weight",
@@ -230,7 +231,7 @@ def nf4_linear(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(implementation: str, x: Array, q: NF4Weight) -> Array:
     x, w = _dequantize_for(x, q, implementation)
-    return _einsum("...i,oi->...o", x, w)
+    return product("...i,oi->...o", x, w)
 
 
 def _linear_forward(implementation: str, x: Array, q: NF4Weight) -> tuple[Array, NF4Weight]:
@@ -239,7 +240,7 @@ def _linear_forward(implementation: str, x: Array, q: NF4Weight) -> tuple[Array,
 
 def _linear_backward(implementation: str, q: NF4Weight, dy: Array) -> tuple[Array, None]:
     dy, w = _dequantize_for(dy, q, implementation)
-    return _einsum("...o,oi->...i", dy, w), None
+    return product("...o,oi->...i", dy, w), None
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
@@ -252,11 +253,6 @@ def _dequantize_for(x: Array, q: NF4Weight, implementation: str) -> tuple[Array,
     """
     x, q = jax.lax.optimization_barrier((x, q))
     return x, dequantize_nf4(q, x.dtype, implementation=implementation)
-
-
-def _einsum(equation: str, x: Array, w: Array) -> Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, w, precision=precision)
 
 
 def _output_dtype(q: NF4Weight, dtype: Any) -> jnp.dtype:
