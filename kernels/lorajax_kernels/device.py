@@ -165,6 +165,11 @@ def choose(
     raise ValueError(f"no {op} implementation can serve: {reasons}")
 
 
+def function_of(implementations: Sequence[Implementation[Problem]], choice: Choice) -> Callable[..., Any]:
+    """What computes the op, of the implementation chosen."""
+    return next(known.function for known in implementations if known.name == choice.name)
+
+
 @functools.cache
 def _log_once(op: str, name: str, refused: str) -> None:
     _log.info("%s: %s%s", op, name, f" ({refused})" if refused else "")

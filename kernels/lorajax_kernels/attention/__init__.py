@@ -12,7 +12,7 @@ from lorajax_kernels.attention.problem import Problem
 from lorajax_kernels.attention.reference import reference_attention
 from lorajax_kernels.attention.xla import xla_attention
 from lorajax_kernels.checks import check_segments
-from lorajax_kernels.device import Choice, Device, Implementation, choose
+from lorajax_kernels.device import Choice, Device, Implementation, choose, function_of
 
 __all__ = ["attention", "attention_implementations", "cached_attention", "choose_attention"]
 
@@ -65,7 +65,7 @@ def attention(
         ValueError: shapes, dtypes or options do not fit together, or the implementation is unknown or cannot
             serve.
     """
-    name, _ = choose_attention(
+    choice = choose_attention(
         q,
         k,
         v,
@@ -76,8 +76,7 @@ def attention(
         implementation=implementation,
     )
     check_segments("attention", segment_ids, max_segments)
-    function = next(known.function for known in _IMPLEMENTATIONS if known.name == name)
-    return function(
+    return function_of(_IMPLEMENTATIONS, choice)(
         q,
         k,
         v,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from lorajax_kernels.device import Choice, Device, Implementation, choose
+from lorajax_kernels.device import Choice, Device, Implementation, choose, function_of
 from lorajax_kernels.nf4 import triton
 from lorajax_kernels.nf4.reference import BLOCK, CODE, DYNAMIC_CODE, GROUP, reference_dequantize
 from lorajax_kernels.nf4.xla import xla_dequantize, xla_quantize
@@ -204,9 +204,8 @@ def dequantize_nf4(
         ValueError: an array of q has the wrong shape or dtype, dtype is none of these, or the implementation
             is unknown or cannot serve.
     """
-    name, _ = choose_nf4(q, dtype, implementation=implementation)
-    function = next(known.function for known in _IMPLEMENTATIONS if known.name == name)
-    return function(q, _output_dtype(q, dtype))
+    choice = choose_nf4(q, dtype, implementation=implementation)
+    return function_of(_IMPLEMENTATIONS, choice)(q, _output_dtype(q, dtype))
 
 
 def nf4_linear(
