@@ -6,7 +6,9 @@ Each argument is MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION; MODEL is 1b or 8b (
 with a tied head) or tiny. LoRA of rank 32 on all projections, bfloat16 (float32 on a CPU), AdamW, random
 tokens, every one a target; --segments puts that many equal documents on a row. The program is that of
 lorajax.train. Each case runs in a process of its own, so that its peak memory is its own; the median is of
-single steps.
+single steps. The kernels that a step is made of:
+
+    XLA_FLAGS=--xla_gpu_enable_command_buffer= python benchmarks/train_step.py CASE --here --profile kernels.json
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ def hf_config(name: str) -> dict[str, Any]:
     }
 
 
-def measure(case: str, segments: int) -> dict[str, Any]:
-    """One case, in this process."""
+def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
+    """One case, in this process; `profile` names a file for the kernels of a step."""
     import jax
     import numpy as np
 
@@ -105,6 +107,15 @@ def measure(case: str, segments: int) -> dict[str, Any]:
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds[WARM_UP:])
+    if profile:
+        from kernel_times import kernel_times
+
+        def once() -> Any:
+            nonlocal state
+            state, metrics = program.step(state, frozen, on_devices)
+            return metrics
+
+        Path(profile).write_text(json.dumps(kernel_times(once), indent=1) + "\n", encoding="utf-8")
     return {
         "model": name,
         "batch": int(batch),
@@ -142,10 +153,11 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=1, help="documents on a row")
     parser.add_argument("--out", help="JSON file for the result")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--profile", help="JSON file for the kernels of a step, with --here")
+    parser.add_argument("--here", action="store_true", help="the first case alone, in this process")
     arguments = parser.parse_args()
     if arguments.here:
-        print(json.dumps(measure(arguments.cases[0], arguments.segments)))
+        print(json.dumps(measure(arguments.cases[0], arguments.segments, arguments.profile)))
         return
     rows = []
     for case in arguments.cases:
