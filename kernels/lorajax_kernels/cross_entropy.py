@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lorajax_kernels.checks import check_targets
-from lorajax_kernels.precision import einsum
+from lorajax_kernels.precision import einsum, product
 
-# One chunk's float32 logits take at most this much, unless MIN_CHUNK rows take more.
-LOGIT_BYTES = 64 * 2**20
+# One chunk's logits take at most this much, unless MIN_CHUNK rows take more.
+LOGIT_BYTES = 256 * 2**20
 MIN_CHUNK = 128
 
 
@@ -37,12 +37,13 @@ def linear_cross_entropy(
     differentiation the forward pass makes dx, in x's dtype, as its only residual; without it, only the loss.
 
     Args:
-        x: activations after the final norm; logits are made in their dtype with float32 sums.
+        x: activations after the final norm. Logits have float32 sums and are kept as bfloat16 if x is, as
+            float32 otherwise.
         head: one row for each token of the vocabulary.
         targets: index into the vocabulary, 0..V-1. Any other under a weight that is not 0 makes the loss NaN.
         weights: of each row, usually 0 or 1.
         softcap: logits become softcap * tanh(logits / softcap); default none.
-        chunk: rows at a time; default: as many as have 64 MiB of logits, but at least 128.
+        chunk: rows at a time; default: as many as have 256 MiB of logits, but at least 128.
         trainable_head: make the gradient of head too, summed in a float32 [V, D] buffer. Otherwise head is a
             constant, and its gradient is zero.
 
@@ -55,7 +56,7 @@ def linear_cross_entropy(
     _check(x, head, targets, weights, softcap, chunk)
     check_targets("linear_cross_entropy", targets, weights, head.shape[0])
     rows = x.shape[0]
-    limit = default_chunk(head.shape[0]) if chunk is None else chunk
+    limit = default_chunk(head.shape[0], x.dtype) if chunk is None else chunk
     chunks = max(1, -(-rows // limit))
     plan = _Plan(
         chunks=chunks,
@@ -67,9 +68,10 @@ def linear_cross_entropy(
     return _loss(plan, x, head, targets, weights), jax.lax.stop_gradient(jnp.sum(weights))
 
 
-def default_chunk(vocab_size: int) -> int:
-    """Rows in one chunk: a multiple of MIN_CHUNK."""
-    return max(LOGIT_BYTES // (4 * vocab_size) // MIN_CHUNK, 1) * MIN_CHUNK
+def default_chunk(vocab_size: int, dtype: jnp.dtype) -> int:
+    """Rows in one chunk for x of `dtype`: a multiple of MIN_CHUNK."""
+    itemsize = 2 if dtype == jnp.bfloat16 else 4
+    return max(LOGIT_BYTES // (itemsize * vocab_size) // MIN_CHUNK, 1) * MIN_CHUNK
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,12 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _logits(plan: _Plan, x: Array, head: Array, weights: Array) -> Array:
-    """Logits of one chunk, [rows, V] float32; those of rows of weight 0 are 0, whatever their x."""
-    logits = einsum("rd,vd->rv", jnp.where(weights[:, None] != 0, x, 0), head)
+    """Logits of one chunk, [rows, V] float32; those of rows of weight 0 are 0, whatever their x.
+
+    In memory they are bfloat16 if x is; what reads them widens them as it goes. float16 could overflow.
+    """
+    multiply = product if x.dtype == jnp.bfloat16 else einsum
+    logits = multiply("rd,vd->rv", jnp.where(weights[:, None] != 0, x, 0), head).astype(jnp.float32)
     return logits if plan.softcap is None else plan.softcap * jnp.tanh(logits / plan.softcap)
 
 

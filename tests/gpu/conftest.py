@@ -1,4 +1,5 @@
-"""Tests that need an NVIDIA GPU: `pytest -n 0 tests/gpu`. A table of the figures comes last."""
+"""Tests that need an NVIDIA GPU: `XLA_CLIENT_MEM_FRACTION=0.2 pytest -n 4 tests/gpu`. Most of their time is the
+compiler's, so that some at once take less. A table of the figures comes last."""
 
 from __future__ import annotations
 
@@ -8,11 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-_FIGURES = pytest.StashKey[list[tuple[str, str]]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash.setdefault(_FIGURES, [])
+_FIGURE = "figure"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,8 +21,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    figures = config.stash.get(_FIGURES, [])
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = (report for reports in terminalreporter.stats.values() for report in reports)
+    properties = (pair for report in reports for pair in getattr(report, "user_properties", ()))
+    figures = sorted({tuple(value) for name, value in properties if name == _FIGURE})
     if figures:
         width = max(len(name) for name, _ in figures)
         terminalreporter.section(f"figures on {jax.local_devices()[0].device_kind}")
@@ -34,6 +33,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture
-def figure(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str, str], None]:
     """figure(name, value): a line of the table at the end."""
-    return lambda name, value: request.config.stash[_FIGURES].append((name, value))
+    return lambda name, value: record_property(_FIGURE, (name, value))

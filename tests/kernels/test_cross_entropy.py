@@ -157,7 +157,7 @@ def test_only_residual_of_a_frozen_head_is_dx():
 
 @pytest.mark.parametrize("trainable_head", (False, True))
 def test_never_holds_all_logits(trainable_head):
-    rows, width, vocab = 8192, 32, 8192
+    rows, width, vocab = 8192, 32, 32768
     shapes = (
         jax.ShapeDtypeStruct((rows, width), jnp.float32),
         jax.ShapeDtypeStruct((vocab, width), jnp.float32),
@@ -175,9 +175,12 @@ def test_never_holds_all_logits(trainable_head):
     assert temporary_bytes(dense_loss) >= logits  # the measure can see them
 
 
-@pytest.mark.parametrize(("vocab", "rows"), ((50, 335488), (32000, 512), (128256, 128), (10**6, 128)))
-def test_default_chunk_holds_64_mib_of_logits_or_128_rows(vocab, rows):
-    assert default_chunk(vocab) == rows
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "rows"),
+    ((50, "bfloat16", 2684288), (32000, "float32", 2048), (128256, "float16", 512), (128256, "bfloat16", 1024), (10**6, "float32", 128)),
+)
+def test_default_chunk_holds_256_mib_of_logits_or_128_rows(vocab, dtype, rows):
+    assert default_chunk(vocab, jnp.dtype(dtype)) == rows
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ would no longer be found at row * M + segment.
 import functools
 import inspect
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,8 +196,10 @@ def _why_not_this_jax(is_grouped: bool) -> str | None:
 def _failed_probe(head_dim: int, is_grouped: bool, has_window: bool, dtype: jnp.dtype) -> str | None:
     """None if a small problem comes out as the dense reference says, otherwise what went wrong."""
     try:
-        with jax.ensure_compile_time_eval():  # also while a program is traced
-            error = _probe(head_dim, is_grouped, has_window, dtype)
+        # In a thread of its own: a program may be being traced in this one, and jax.ensure_compile_time_eval
+        # makes constants of what JAX's custom_partitioning wants as operands.
+        with ThreadPoolExecutor(1) as thread:
+            error = thread.submit(_probe, head_dim, is_grouped, has_window, dtype).result()
     except Exception as failure:  # whatever cuDNN, XLA or JAX raise
         first_line = (str(failure).strip() or repr(failure)).splitlines()[0]
         return f"it failed on a small problem: {first_line}"

@@ -92,14 +92,14 @@ _BLOCKS = {
         dkv=Blocks(queries=32, keys=32, warps=4, stages=3, split=False),
     ),
     ((9, 0), 64): KernelBlocks(
-        forward=Blocks(queries=128, keys=64, warps=8, stages=3, split=False),
-        dq=Blocks(queries=64, keys=64, warps=4, stages=3, split=False),
+        forward=Blocks(queries=64, keys=64, warps=4, stages=3, split=False),
+        dq=Blocks(queries=64, keys=32, warps=4, stages=3, split=False),
         dkv=Blocks(queries=64, keys=64, warps=4, stages=3, split=False),
     ),
     ((9, 0), 128): KernelBlocks(
-        forward=Blocks(queries=128, keys=64, warps=8, stages=3, split=False),
-        dq=Blocks(queries=128, keys=64, warps=8, stages=3, split=False),
-        dkv=Blocks(queries=64, keys=128, warps=8, stages=3, split=False),
+        forward=Blocks(queries=64, keys=64, warps=4, stages=3, split=False),
+        dq=Blocks(queries=64, keys=64, warps=4, stages=2, split=False),
+        dkv=Blocks(queries=64, keys=64, warps=4, stages=2, split=False),
     ),
     ((9, 0), 256): KernelBlocks(
         forward=Blocks(queries=128, keys=64, warps=8, stages=2, split=False),
