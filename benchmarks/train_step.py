@@ -8,7 +8,8 @@ tokens, every one a target; --segments puts that many equal documents on a row. 
 lorajax.train. Each case runs in a process of its own, so that its peak memory is its own; the median is of
 single steps. The kernels that a step is made of:
 
-    XLA_FLAGS=--xla_gpu_enable_command_buffer= python benchmarks/train_step.py CASE --here --profile kernels.json
+    export XLA_FLAGS=--xla_gpu_enable_command_buffer=
+    python benchmarks/train_step.py CASE --here --profile kernels.json
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 - `attention`: causal attention within segments, `choose_attention` and `attention_implementations` beside it;
   `cached_attention` for decoding.
-- `linear_cross_entropy`: the loss of the head without its logits.
+- `linear_cross_entropy`: the loss of the head without its logits, `choose_cross_entropy` and
+  `cross_entropy_implementations` beside it.
 - `lora_linear`, `lora_linears`: frozen layers with adapters that share their input.
 - `quantize_nf4`, `dequantize_nf4`, `nf4_linear`: weights of 4 bits an element.
 - `rms_norm`, `rope`, `swiglu`, `geglu`: what lies between the products.
@@ -19,7 +20,11 @@ from lorajax_kernels.attention import (
     choose_attention,
 )
 from lorajax_kernels.checks import checked
-from lorajax_kernels.cross_entropy import linear_cross_entropy
+from lorajax_kernels.cross_entropy import (
+    choose_cross_entropy,
+    cross_entropy_implementations,
+    linear_cross_entropy,
+)
 from lorajax_kernels.elementwise import geglu, rms_norm, rope, swiglu
 from lorajax_kernels.lora import Adapter, lora_linear, lora_linears
 from lorajax_kernels.nf4 import NF4Weight, dequantize_nf4, nf4_linear, quantize_nf4
@@ -32,6 +37,8 @@ __all__ = [
     "cached_attention",
     "checked",
     "choose_attention",
+    "choose_cross_entropy",
+    "cross_entropy_implementations",
     "dequantize_nf4",
     "device",
     "geglu",

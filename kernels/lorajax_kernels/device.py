@@ -165,9 +165,9 @@ def choose(
     raise ValueError(f"no {op} implementation can serve: {reasons}")
 
 
-def function_of(implementations: Sequence[Implementation[Problem]], choice: Choice) -> Callable[..., Any]:
-    """What computes the op, of the implementation chosen."""
-    return next(known.function for known in implementations if known.name == choice.name)
+def function_of(implementations: Sequence[Implementation[Problem]], name: str) -> Callable[..., Any]:
+    """What computes the op, of the implementation of that name."""
+    return next(known.function for known in implementations if known.name == name)
 
 
 @functools.cache

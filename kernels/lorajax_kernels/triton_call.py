@@ -22,6 +22,7 @@ def triton_call(
     num_warps: int,
     num_stages: int,
     compute_capability: int | None = None,
+    input_output_aliases: dict[int, int] | None = None,
     **constants: Any,
 ) -> Any:
     """Run `kernel[grid](*operands, *outputs, **constants)`.
@@ -35,6 +36,8 @@ def triton_call(
         grid: numbers of programs along up to three axes.
         num_warps, num_stages: of the kernel's compilation.
         compute_capability: to compile for, as 90 for 9.0; None: that of the GPU at hand.
+        input_output_aliases: from the place of an operand to that of the output that takes its memory. Such
+            outputs come last; see passes_aliased_outputs.
         constants: the kernel's constexpr arguments.
 
     Returns:
@@ -48,9 +51,15 @@ def triton_call(
         num_warps=num_warps,
         num_stages=num_stages,
         compute_capability=compute_capability,
+        input_output_aliases=input_output_aliases,
         **{spelling: out_shape},
         **constants,
     )
+
+
+def passes_aliased_outputs() -> bool:
+    """Whether kernels get a pointer for an output that takes an operand's memory: until jax-triton 0.4."""
+    return _jax_triton()[1] == "out_shape"
 
 
 @functools.cache

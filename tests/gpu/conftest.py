@@ -1,5 +1,7 @@
-"""Tests that need an NVIDIA GPU: `XLA_CLIENT_MEM_FRACTION=0.2 pytest -n 4 tests/gpu`. Most of their time is the
-compiler's, so that some at once take less. A table of the figures comes last."""
+"""Tests that need an NVIDIA GPU: `XLA_CLIENT_MEM_FRACTION=0.2 pytest -n 4 tests/gpu`.
+
+Most of their time is the compiler's, so that some at once take less. A table of the figures comes last.
+"""
 
 from __future__ import annotations
 

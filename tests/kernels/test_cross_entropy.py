@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lorajax_kernels import linear_cross_entropy
-from lorajax_kernels.cross_entropy import default_chunk
+from lorajax_kernels import cross_entropy_implementations, linear_cross_entropy
+from lorajax_kernels.cross_entropy import choose_cross_entropy, default_chunk
+from lorajax_kernels.cross_entropy import triton as host
+from lorajax_kernels.cross_entropy.triton import Tiling, triton_loss_and_gradient
+from lorajax_kernels.cross_entropy.xla import xla_loss_and_gradient
+from lorajax_kernels.device import Device, Implementation
 
 N, D, V = 37, 12, 50
 
@@ -177,7 +181,13 @@ def test_never_holds_all_logits(trainable_head):
 
 @pytest.mark.parametrize(
     ("vocab", "dtype", "rows"),
-    ((50, "bfloat16", 2684288), (32000, "float32", 2048), (128256, "float16", 512), (128256, "bfloat16", 1024), (10**6, "float32", 128)),
+    (
+        (50, "bfloat16", 2684288),
+        (32000, "float32", 2048),
+        (128256, "float16", 512),
+        (128256, "bfloat16", 1024),
+        (10**6, "float32", 128),
+    ),
 )
 def test_default_chunk_holds_256_mib_of_logits_or_128_rows(vocab, dtype, rows):
     assert default_chunk(vocab, jnp.dtype(dtype)) == rows
@@ -198,3 +208,76 @@ def test_arguments_that_do_not_fit_are_named(change, message):
     arguments = dict(zip(("x", "head", "targets", "weights"), inputs(), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**arguments)
+
+
+TILINGS = (Tiling(block=16, num_warps=4), Tiling(block=64, num_warps=4), Tiling(block=16384, num_warps=32))
+
+
+# Places after the end of a row may overflow.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("softcap", (None, 3.0))
+@pytest.mark.parametrize("tiling", TILINGS, ids=lambda tiling: str(tiling.block))
+def test_triton_equals_xla(run_on_cpu, tiling, softcap):
+    """Vocabularies of several blocks, a part of one, and exactly one; a target in each."""
+    run_on_cpu(host.__name__, "lorajax_kernels.cross_entropy.triton_kernels")
+    x, head, targets, weights = inputs()
+    logits = jnp.einsum("nd,vd->nv", x, head)
+    targets = targets.at[0].set(V).at[1].set(-1)  # out of range, and counting
+    weights = weights.at[:2].set(1)
+    options = {"softcap": softcap, "dtype": logits.dtype}
+    loss, gradient = triton_loss_and_gradient(logits, targets, weights, tiling=tiling, **options)
+    expected, expected_gradient = xla_loss_and_gradient(logits, targets, weights, **options)
+    assert np.isnan(loss[:2]).all() and np.isnan(expected[:2]).all()
+    np.testing.assert_allclose(loss[2:], expected[2:], rtol=1e-5, atol=1e-5)
+    counts = np.asarray(weights != 0)
+    np.testing.assert_allclose(gradient[counts], expected_gradient[counts], atol=1e-6)
+    np.testing.assert_array_equal(gradient[~counts], logits[~counts])
+
+
+def test_whole_loss_through_triton(run_on_cpu, monkeypatch):
+    run_on_cpu(host.__name__, "lorajax_kernels.cross_entropy.triton_kernels")
+    monkeypatch.setattr(host, "TILING", TILINGS[0])
+    arrays = inputs()
+    expected = loss_and_gradients(dense_loss, *arrays)
+    monkeypatch.setattr(host, "why_not", lambda problem, device: None)
+    monkeypatch.setattr(
+        "lorajax_kernels.cross_entropy._IMPLEMENTATIONS",
+        (Implementation("triton", host.why_not, triton_loss_and_gradient),),
+    )
+    found = loss_and_gradients(fused_loss(chunk=16, trainable_head=True), *arrays)
+    assert_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("softcap", (None, 30.0))
+@pytest.mark.parametrize("name", ("loss_and_gradient_kernel", "loss_and_gradient_kernel_for_0_3"))
+def test_triton_compiles_without_a_gpu(compile_kernel, name, softcap, capability):
+    from lorajax_kernels.cross_entropy import triton_kernels
+
+    types = {
+        "logits_ptr": "*bf16",
+        "targets_ptr": "*i32",
+        "weights_ptr": "*fp32",
+        "losses_ptr": "*fp32",
+        "gradient_ptr": "*bf16",
+    }
+    kernel = getattr(triton_kernels, name)
+    compiled = compile_kernel(
+        kernel,
+        capability,
+        {argument: types[argument] for argument in types if argument in kernel.arg_names},
+        {"VOCAB": 128256, "SOFTCAP": softcap, "BLOCK": host.TILING.block},
+        host.TILING.num_warps,
+        1,
+    )
+    assert "st.global" in compiled.asm["ptx"] and "local" not in compiled.asm["ptx"]  # no spills
+
+
+def test_choice_follows_the_device():
+    hopper = Device("H200", (9, 0), 91900)
+    assert choose_cross_entropy(jnp.bfloat16, device=hopper).name == "triton"
+    assert choose_cross_entropy(jnp.float16, device=hopper).name == "xla"
+    assert choose_cross_entropy(jnp.bfloat16).name == "xla"  # here
+    assert cross_entropy_implementations() == ("triton", "xla")
+    with pytest.raises(ValueError, match="implementation 'triton' cannot serve: it writes .* float32"):
+        choose_cross_entropy(jnp.float32, implementation="triton", device=hopper)

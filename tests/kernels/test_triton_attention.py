@@ -38,26 +38,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture
-def interpreter(run_on_cpu, monkeypatch):
+def interpreter(run_on_cpu):
     """The kernels of triton_attention run in Triton's interpreter."""
-    import triton.language as tl
-    import triton.runtime.interpreter as module
-
     run_on_cpu(host.__name__, "lorajax_kernels.attention.triton_kernels")
-    patch = module._patch_lang
-
-    def patched(function):
-        scope = patch(function)
-        # The interpreter's scalars are arrays of one element, which numpy no longer takes for integers.
-        scope.set_attr(tl.tensor, "__index__", lambda self: self.handle.data.item())
-        # Triton's library is loaded for compilation; only its reductions are known to the interpreter.
-        scope.set_attr(tl, "max", lambda x, axis: tl.reduce(x, axis, tl.standard._elementwise_max))
-        scope.set_attr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
-        return scope
-
-    monkeypatch.setattr(module, "_patch_lang", patched)
-    # Called functions would patch the language once more, which takes most of the time.
-    monkeypatch.setattr(module.InterpretedFunction, "__call__", lambda self, *args: self.rewrite()(*args))
 
 
 def qkv(heads, kv_heads, head_dim=16, dtype=jnp.float32, batch=2, length=T, seed=0):

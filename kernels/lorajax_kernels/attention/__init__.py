@@ -76,7 +76,7 @@ def attention(
         implementation=implementation,
     )
     check_segments("attention", segment_ids, max_segments)
-    return function_of(_IMPLEMENTATIONS, choice)(
+    return function_of(_IMPLEMENTATIONS, choice.name)(
         q,
         k,
         v,

@@ -205,7 +205,7 @@ def dequantize_nf4(
             is unknown or cannot serve.
     """
     choice = choose_nf4(q, dtype, implementation=implementation)
-    return function_of(_IMPLEMENTATIONS, choice)(q, _output_dtype(q, dtype))
+    return function_of(_IMPLEMENTATIONS, choice.name)(q, _output_dtype(q, dtype))
 
 
 def nf4_linear(

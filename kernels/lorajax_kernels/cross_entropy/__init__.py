@@ -13,11 +13,60 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lorajax_kernels.checks import check_targets
+from lorajax_kernels.cross_entropy import triton
+from lorajax_kernels.cross_entropy.xla import capped, losses, xla_loss_and_gradient
+from lorajax_kernels.device import Choice, Device, Implementation, choose, function_of
 from lorajax_kernels.precision import einsum, product
+
+__all__ = ["choose_cross_entropy", "cross_entropy_implementations", "default_chunk", "linear_cross_entropy"]
 
 # One chunk's logits take at most this much, unless MIN_CHUNK rows take more.
 LOGIT_BYTES = 256 * 2**20
 MIN_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an implementation is asked to do: loss and gradient of logits that x of this dtype has."""
+
+    dtype: jnp.dtype
+
+
+def _anywhere(problem: Problem, device: Device) -> None:
+    """Serves every problem on every device."""
+
+
+# How the logits of a chunk become their loss and gradient. "auto" takes the first that can serve.
+_IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
+    Implementation("triton", triton.why_not, triton.triton_loss_and_gradient),
+    Implementation("xla", _anywhere, xla_loss_and_gradient),
+)
+
+
+def cross_entropy_implementations() -> tuple[str, ...]:
+    """Names of the implementations of linear_cross_entropy, in the order in which "auto" tries them."""
+    return tuple(known.name for known in _IMPLEMENTATIONS)
+
+
+def choose_cross_entropy(
+    dtype: jnp.dtype, *, implementation: str = "auto", device: Device | None = None
+) -> Choice:
+    """Which implementation linear_cross_entropy runs for x of a dtype.
+
+    Args:
+        device: where it is to run; None: the current one.
+
+    Returns:
+        (name, refused); `refused` maps each implementation tried before to the reason why it cannot serve. An
+        automatic choice is logged once.
+
+    Raises:
+        ValueError: the implementation is unknown or cannot serve.
+    """
+    problem = Problem(jnp.dtype(dtype))
+    return choose(
+        "linear_cross_entropy", _IMPLEMENTATIONS, problem, implementation=implementation, device=device
+    )
 
 
 def linear_cross_entropy(
@@ -29,6 +78,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     chunk: int | None = None,
     trainable_head: bool = False,
+    implementation: str = "auto",
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sum of -log softmax(x head^T)[target], and the sum of the weights.
 
@@ -46,12 +96,15 @@ def linear_cross_entropy(
         chunk: rows at a time; default: as many as have 256 MiB of logits, but at least 128.
         trainable_head: make the gradient of head too, summed in a float32 [V, D] buffer. Otherwise head is a
             constant, and its gradient is zero.
+        implementation: of the passes over the logits where a gradient is made: a name of
+            `cross_entropy_implementations()`, or "auto": the first of them that can serve.
 
     Returns:
         (loss_sum, weight_sum), float32 scalars.
 
     Raises:
-        ValueError: shapes do not fit together, or chunk or softcap is not positive.
+        ValueError: shapes do not fit together, chunk or softcap is not positive, or the implementation is
+            unknown or cannot serve.
     """
     _check(x, head, targets, weights, softcap, chunk)
     check_targets("linear_cross_entropy", targets, weights, head.shape[0])
@@ -63,6 +116,7 @@ def linear_cross_entropy(
         rows=max(1, -(-rows // chunks)),
         softcap=softcap,
         head_dtype=head.dtype if trainable_head else None,
+        implementation=choose_cross_entropy(x.dtype, implementation=implementation).name,
     )
     weights = weights.astype(jnp.float32)
     return _loss(plan, x, head, targets, weights), jax.lax.stop_gradient(jnp.sum(weights))
@@ -82,6 +136,7 @@ class _Plan:
     rows: int
     softcap: float | None
     head_dtype: jnp.dtype | None
+    implementation: str
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -92,8 +147,8 @@ def _loss(plan: _Plan, x: Array, head: Array, targets: Array, weights: Array) ->
         x, targets, weights = piece
 
         def compute(total):
-            logits = _logits(plan, x, head, weights)
-            return total + _chunk_loss(logits, jax.nn.logsumexp(logits, axis=-1), targets, weights)
+            logits = capped(_logits(x, head, weights), plan.softcap)
+            return total + jnp.sum(losses(logits, jax.nn.logsumexp(logits, axis=-1), targets, weights))
 
         return jax.lax.cond(jnp.any(weights != 0), compute, lambda total: total, total), None
 
@@ -103,20 +158,16 @@ def _loss(plan: _Plan, x: Array, head: Array, targets: Array, weights: Array) ->
 
 def _loss_forward(plan: _Plan, x: Array, head: Array, targets: Array, weights: Array):
     head = head.astype(x.dtype)
+    loss_and_gradient = function_of(_IMPLEMENTATIONS, plan.implementation)
 
     def visit(carry, piece):
         x, targets, weights = piece
 
         def compute(carry):
             total, dhead = carry
-            logits = _logits(plan, x, head, weights)
-            lse = jax.nn.logsumexp(logits, axis=-1)
-            total = total + _chunk_loss(logits, lse, targets, weights)
-            hit = jnp.arange(head.shape[0]) == targets[:, None]
-            d = jnp.exp(logits - lse[:, None]) - hit  # [rows, V]
-            if plan.softcap is not None:
-                d = d * (1 - jnp.square(logits / plan.softcap))
-            d = d.astype(x.dtype)
+            logits = _logits(x, head, weights)
+            loss, d = loss_and_gradient(logits, targets, weights, softcap=plan.softcap, dtype=x.dtype)
+            total = total + jnp.sum(loss)
             dx = (einsum("rv,vd->rd", d, head) * weights[:, None]).astype(x.dtype)
             if dhead is not None:
                 weighted = jnp.where(weights[:, None] != 0, x * weights[:, None], 0).astype(x.dtype)
@@ -142,22 +193,13 @@ def _loss_backward(plan: _Plan, residuals, dloss: Array):
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _logits(plan: _Plan, x: Array, head: Array, weights: Array) -> Array:
-    """Logits of one chunk, [rows, V] float32; those of rows of weight 0 are 0, whatever their x.
+def _logits(x: Array, head: Array, weights: Array) -> Array:
+    """Logits of one chunk, [rows, V], bfloat16 if x is, otherwise float32, which cannot overflow.
 
-    In memory they are bfloat16 if x is; what reads them widens them as it goes. float16 could overflow.
+    Those of rows of weight 0 are 0, whatever their x.
     """
     multiply = product if x.dtype == jnp.bfloat16 else einsum
-    logits = multiply("rd,vd->rv", jnp.where(weights[:, None] != 0, x, 0), head).astype(jnp.float32)
-    return logits if plan.softcap is None else plan.softcap * jnp.tanh(logits / plan.softcap)
-
-
-def _chunk_loss(logits: Array, lse: Array, targets: Array, weights: Array) -> Array:
-    """Weighted loss of one chunk; NaN where a target that counts is no index of the vocabulary."""
-    vocab = logits.shape[1]
-    at_target = jnp.take_along_axis(logits, jnp.clip(targets, 0, vocab - 1)[:, None], axis=-1)[:, 0]
-    loss = jnp.where((targets >= 0) & (targets < vocab), lse - at_target, jnp.nan)
-    return jnp.sum(jnp.where(weights != 0, loss * weights, 0))
+    return multiply("rd,vd->rv", jnp.where(weights[:, None] != 0, x, 0), head)
 
 
 def _split(plan: _Plan, x: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
