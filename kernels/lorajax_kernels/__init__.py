@@ -4,7 +4,8 @@
   `cached_attention` for decoding.
 - `linear_cross_entropy`: the loss of the head without its logits, `choose_cross_entropy` and
   `cross_entropy_implementations` beside it.
-- `lora_linear`, `lora_linears`: frozen layers with adapters that share their input.
+- `lora_linear`, `lora_linears`: frozen layers with adapters that share their input; `choose_lora` and
+  `lora_implementations` beside them.
 - `quantize_nf4`, `dequantize_nf4`, `nf4_linear`: weights of 4 bits an element.
 - `rms_norm`, `rope`, `swiglu`, `geglu`: what lies between the products.
 - `segments`: where the segments of a row start and end.
@@ -26,7 +27,7 @@ from lorajax_kernels.cross_entropy import (
     linear_cross_entropy,
 )
 from lorajax_kernels.elementwise import geglu, rms_norm, rope, swiglu
-from lorajax_kernels.lora import Adapter, lora_linear, lora_linears
+from lorajax_kernels.lora import Adapter, choose_lora, lora_implementations, lora_linear, lora_linears
 from lorajax_kernels.nf4 import NF4Weight, dequantize_nf4, nf4_linear, quantize_nf4
 
 __all__ = [
@@ -38,11 +39,13 @@ __all__ = [
     "checked",
     "choose_attention",
     "choose_cross_entropy",
+    "choose_lora",
     "cross_entropy_implementations",
     "dequantize_nf4",
     "device",
     "geglu",
     "linear_cross_entropy",
+    "lora_implementations",
     "lora_linear",
     "lora_linears",
     "nf4_linear",

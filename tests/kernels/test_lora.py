@@ -8,8 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lorajax_kernels.lora import ARRANGEMENTS, Adapter, lora_linear, lora_linears, reference_lora_linears
+from lorajax_kernels.device import Device, Implementation
+from lorajax_kernels.lora import (
+    ARRANGEMENTS,
+    Adapter,
+    choose_lora,
+    gradient,
+    lora_implementations,
+    lora_linear,
+    lora_linears,
+    reference_lora_linears,
+)
+from lorajax_kernels.lora import triton as host
 from lorajax_kernels.lora.products import should_join
+from lorajax_kernels.lora.triton import TILING, Tiling, triton_hidden_and_b
+from lorajax_kernels.lora.xla import xla_hidden_and_b
 from lorajax_kernels.nf4 import dequantize_nf4, quantize_nf4
 
 IN = 33
@@ -409,3 +422,74 @@ def test_arguments_that_do_not_fit_are_named(change, message):
 
 def test_arrangements_are_those_that_are_tested():
     assert set(ARRANGEMENTS) == {"auto", "joined", "added"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "rank", "programs"),
+    (
+        (48, 64, 16, 1),  # whole blocks, one program for all rows
+        (50, 70, 3, 4),  # parts of blocks, several strips and pieces
+        (5, 20, 20, 132),  # less than a block, more programs than there is work
+        (100, 16, 8, 3),
+    ),
+)
+def test_triton_gradients_equal_xla(run_on_cpu, rows, out, rank, programs):
+    run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
+    tiling = Tiling(rows=16, columns=32, programs=programs, num_warps=4, num_stages=2)
+    dy, u, b = normal(rows, out), normal(rows, rank, seed=1), normal(out, rank, seed=2)
+    found = triton_hidden_and_b(dy, u, b, tiling=tiling)
+    for a, expected in zip(found, xla_hidden_and_b(dy, u, b), strict=True):
+        assert a.shape == expected.shape and a.dtype == expected.dtype
+        np.testing.assert_allclose(a, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_through_triton_equal_the_reference(run_on_cpu, monkeypatch):
+    run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
+    monkeypatch.setattr(gradient, "MIN_OUT", 10)  # the last layer is too narrow
+    monkeypatch.setattr(host, "TILING", Tiling(16, 16, 3, 4, 2))
+    monkeypatch.setattr(
+        "lorajax_kernels.lora._IMPLEMENTATIONS",
+        (Implementation("triton", lambda problem, device: None, triton_hidden_and_b),),
+    )
+    weights, adapters, biases = layers()
+    x = normal(40, IN)
+    arguments = x, weights, adapters, biases, cotangents(x, weights)
+    found = outputs_and_gradients(functools.partial(lora_linears, trainable_bias=True), *arguments)
+    assert_close(found, outputs_and_gradients(reference_lora_linears, *arguments), 1e-5)
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("rank", (8, 32, 128))
+def test_triton_compiles_without_a_gpu(compile_kernel, rank, capability):
+    from lorajax_kernels.lora.triton_kernels import hidden_and_b_kernel
+
+    pointers = {"dy_ptr": "*bf16", "u_ptr": "*bf16", "b_ptr": "*bf16"}
+    block_r = max(rank, 16)
+    compiled = compile_kernel(
+        hidden_and_b_kernel,
+        capability,
+        pointers | {"rows": "i32", "hidden_ptr": "*fp32", "db_ptr": "*fp32"},
+        {
+            "OUT": 8192,
+            "RANK": rank,
+            "BLOCKS_PER_PROGRAM": 32,
+            "BLOCK_ROWS": TILING.rows,
+            "BLOCK_OUT": TILING.columns * 32 // max(rank, 32),
+            "BLOCK_R": block_r,
+        },
+        TILING.num_warps,
+        TILING.num_stages,
+    )
+    assert "mma" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= {80: 163, 90: 227}[capability] * 1024
+
+
+def test_choice_follows_device_dtype_and_rank():
+    hopper, turing = Device("H200", (9, 0), 91900), Device("T4", (7, 5), no_triton="it is old")
+    assert choose_lora(jnp.bfloat16, 32, device=hopper) == ("triton", {})
+    assert choose_lora(jnp.float32, 32, device=hopper).name == "xla"
+    assert choose_lora(jnp.bfloat16, 256, device=hopper).name == "xla"
+    assert choose_lora(jnp.float16, 32, device=turing) == ("xla", {"triton": "it is old"})
+    assert lora_implementations() == ("triton", "xla")
+    with pytest.raises(ValueError, match="'triton' cannot serve: it takes ranks up to 128, not 256"):
+        choose_lora(jnp.bfloat16, 256, implementation="triton", device=hopper)

@@ -3,17 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lorajax_kernels.lora import gradient
+from lorajax_kernels.device import Choice, Device, Implementation, choose, function_of
+from lorajax_kernels.lora import gradient, triton
 from lorajax_kernels.lora.operands import Adapter
 from lorajax_kernels.lora.products import ARRANGEMENTS
 from lorajax_kernels.lora.reference import reference_lora_linears
+from lorajax_kernels.lora.xla import xla_hidden_and_b
 from lorajax_kernels.nf4 import NF4Weight
 
-__all__ = ["ARRANGEMENTS", "Adapter", "lora_linear", "lora_linears", "reference_lora_linears"]
+__all__ = [
+    "ARRANGEMENTS",
+    "Adapter",
+    "choose_lora",
+    "lora_implementations",
+    "lora_linear",
+    "lora_linears",
+    "reference_lora_linears",
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an implementation is asked to do: adapters of at most this rank, in this dtype."""
+
+    dtype: jnp.dtype
+    rank: int
+
+
+def _anywhere(problem: Problem, device: Device) -> None:
+    """Serves every problem on every device."""
+
+
+# How the gradients of an adapter are made. "auto" takes the first that can serve.
+_IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
+    Implementation("triton", triton.why_not, triton.triton_hidden_and_b),
+    Implementation("xla", _anywhere, xla_hidden_and_b),
+)
+
+
+def lora_implementations() -> tuple[str, ...]:
+    """Names of the implementations of lora_linears, in the order in which "auto" tries them."""
+    return tuple(known.name for known in _IMPLEMENTATIONS)
+
+
+def choose_lora(
+    dtype: jnp.dtype, rank: int, *, implementation: str = "auto", device: Device | None = None
+) -> Choice:
+    """Which implementation lora_linears runs for x of a dtype and adapters of at most this rank.
+
+    Args:
+        device: where it is to run; None: the current one.
+
+    Returns:
+        (name, refused); `refused` maps each implementation tried before to the reason why it cannot serve. An
+        automatic choice is logged once.
+
+    Raises:
+        ValueError: the implementation is unknown or cannot serve.
+    """
+    problem = Problem(jnp.dtype(dtype), rank)
+    return choose("lora_linears", _IMPLEMENTATIONS, problem, implementation=implementation, device=device)
 
 
 def lora_linear(
@@ -28,11 +82,18 @@ def lora_linear(
     key: PRNGKeyArray | None = None,
     trainable_bias: bool = False,
     arrangement: str = "auto",
+    implementation: str = "auto",
 ) -> Float[Array, "*rows out"]:
     """x weight^T + bias + scale * dropout(x) a^T b^T: `lora_linears` of one layer."""
     adapters = [Adapter(a, b, scale, dropout, key)]
     return lora_linears(
-        x, [weight], adapters, biases=[bias], trainable_bias=trainable_bias, arrangement=arrangement
+        x,
+        [weight],
+        adapters,
+        biases=[bias],
+        trainable_bias=trainable_bias,
+        arrangement=arrangement,
+        implementation=implementation,
     )[0]
 
 
@@ -44,6 +105,7 @@ def lora_linears(
     biases: Sequence[Float[Array, " out_i"] | None] | None = None,
     trainable_bias: bool = False,
     arrangement: str = "auto",
+    implementation: str = "auto",
 ) -> tuple[Float[Array, "*rows out_i"], ...]:
     """Linear layers that share their input: query, key and value, or gate and up.
 
@@ -67,17 +129,23 @@ def lora_linears(
         trainable_bias: make the biases' gradients.
         arrangement: how the adapter's product meets the frozen one. "joined": one GEMM on [x, x a^T] and
             [W, scale * b]; "added": two GEMMs; "auto": what moves less memory, in either pass.
+        implementation: of the adapters' gradients: a name of `lora_implementations()`, or "auto": the first
+            of them that can serve.
 
     Returns:
         One output a layer, in x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or options do not fit together.
+        ValueError: shapes, dtypes or options do not fit together, or the implementation is unknown or cannot
+            serve.
     """
     weights, adapters = tuple(weights), tuple(adapters)
     biases = (None,) * len(weights) if biases is None else tuple(biases)
     _check(x, weights, adapters, biases, arrangement)
-    options = gradient.Options(arrangement, trainable_bias)
+    rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
+    choice = choose_lora(x.dtype, rank, implementation=implementation)
+    hidden_and_b = function_of(_IMPLEMENTATIONS, choice.name)
+    options = gradient.Options(arrangement, trainable_bias, hidden_and_b)
     ys = gradient.apply(options, x.reshape(-1, x.shape[-1]), weights, adapters, biases)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
 

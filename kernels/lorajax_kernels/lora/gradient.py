@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -29,6 +29,8 @@ from jaxtyping import Array, Float
 
 from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
 from lorajax_kernels.lora.products import should_join, sum_of_products
+from lorajax_kernels.lora.triton import MIN_OUT
+from lorajax_kernels.lora.xla import xla_hidden_and_b
 from lorajax_kernels.nf4 import NF4Weight
 from lorajax_kernels.precision import einsum, product
 
@@ -46,10 +48,17 @@ Biases = tuple[Float[Array, " out_i"] | None, ...]
 
 @dataclass(frozen=True)
 class Options:
-    """What is static: one of ARRANGEMENTS, and whether biases have gradients."""
+    """What is static.
+
+    Attributes:
+        arrangement: one of ARRANGEMENTS.
+        trainable_bias: whether biases have gradients.
+        hidden_and_b: (dy, u, scaled B) -> (dy B, dy^T u), as xla_hidden_and_b.
+    """
 
     arrangement: str
     trainable_bias: bool
+    hidden_and_b: Callable[[Array, Array, Array], tuple[Array, Array]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -72,8 +81,11 @@ def _backward(options: Options, residuals, dys: Outputs):
     dus, dbs = [], []
     for dy, adapter, columns in zip(dys, adapters, _columns(adapters), strict=True):
         if adapter is not None:
-            dus.append(product("ro,ok->rk", dy, _scaled_b(adapter, x.dtype)))
-            dbs.append(adapter.scale * einsum("ro,rk->ok", dy, u[:, columns]))
+            small = dy.shape[1] < MIN_OUT or not dy.shape[0]
+            hidden_and_b = xla_hidden_and_b if small else options.hidden_and_b
+            du, db = hidden_and_b(dy, u[:, columns], _scaled_b(adapter, x.dtype))
+            dus.append(du)
+            dbs.append(adapter.scale * db)
     das = _gradients_of_a(x, dus, _present(adapters))
     gradients = iter(map(_as_gradient, _present(adapters), das, dbs))
     dx = _gradient_of_x(options, x, dys, dus, weights, adapters)

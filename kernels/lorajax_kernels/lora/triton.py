@@ -1,0 +1,98 @@
+"""What flows back into an adapter, by one Triton kernel that reads dy once.
+
+A program owns some columns of dy and goes down some of its rows: dB of its columns stays in registers, and
+for each block of rows it leaves what its columns add to dy B. Both are sums over programs, which XLA makes of
+small float32 arrays: R / 512 of dy's size, and less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lorajax_kernels.device import AMPERE, Device
+from lorajax_kernels.triton_call import triton_call
+
+if TYPE_CHECKING:
+    from lorajax_kernels.lora import Problem
+
+MAX_RANK = 128
+# Narrower layers have too few columns for the programs to own, and little to gain.
+MIN_OUT = 1024
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the kernel is cut up.
+
+    Attributes:
+        rows: in a block, a power of two from 16.
+        columns: in a strip, a power of two from 16; fewer where the rank is more than 32.
+        programs: to aim for, some for each of the GPU's multiprocessors.
+        num_warps, num_stages: of the kernel.
+    """
+
+    rows: int
+    columns: int
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
+# Not tuned yet.
+TILING = Tiling(rows=64, columns=512, programs=132, num_warps=8, num_stages=2)
+
+
+def why_not(problem: Problem, device: Device) -> str | None:
+    """None if the kernel can serve the problem there, otherwise the reason why not."""
+    if device.no_triton is not None:
+        return device.no_triton
+    if device.compute_capability is None or device.compute_capability < AMPERE:
+        return "it needs compute capability 8.0"
+    if problem.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it multiplies bfloat16 and float16, not {problem.dtype}"
+    if problem.rank > MAX_RANK:
+        return f"it takes ranks up to {MAX_RANK}, not {problem.rank}"
+    return None
+
+
+def triton_hidden_and_b(
+    dy: Float[Array, "rows out"],
+    u: Float[Array, "rows R"],
+    b: Float[Array, "out R"],
+    *,
+    tiling: Tiling | None = None,
+) -> tuple[Float[Array, "rows R"], Float[Array, "out R"]]:
+    """See xla_hidden_and_b."""
+    from lorajax_kernels.lora import triton_kernels
+
+    tiling = tiling or TILING
+    (rows, out), rank = dy.shape, b.shape[1]
+    block_r = max(16, 1 << (rank - 1).bit_length())
+    # A program's share of dB, columns * block_r, is in registers.
+    columns = min(tiling.columns * 32 // max(block_r, 32), max(16, 1 << (out - 1).bit_length()))
+    blocks, strips = -(-rows // tiling.rows), -(-out // columns)
+    per_program = -(-blocks // max(1, tiling.programs // strips))
+    pieces = -(-blocks // per_program)
+    hidden, db = triton_call(
+        triton_kernels.hidden_and_b_kernel,
+        *(dy, u, b, rows),
+        out_shape=(
+            jax.ShapeDtypeStruct((strips, rows, rank), jnp.float32),
+            jax.ShapeDtypeStruct((pieces, out, rank), jnp.float32),
+        ),
+        grid=(strips, pieces),
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+        OUT=out,
+        RANK=rank,
+        BLOCKS_PER_PROGRAM=per_program,
+        BLOCK_ROWS=tiling.rows,
+        BLOCK_OUT=columns,
+        BLOCK_R=block_r,
+    )
+    return jnp.sum(hidden, axis=0).astype(dy.dtype), jnp.sum(db, axis=0)

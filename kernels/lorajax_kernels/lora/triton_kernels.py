@@ -1,0 +1,46 @@
+"""Triton kernel of what flows back into an adapter; triton.py beside this one launches it."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def hidden_and_b_kernel(
+    dy_ptr,
+    u_ptr,
+    b_ptr,
+    rows,
+    hidden_ptr,
+    db_ptr,
+    OUT: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCKS_PER_PROGRAM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One strip of BLOCK_OUT columns of dy and BLOCKS_PER_PROGRAM blocks of its rows; grid (strips, pieces).
+
+    dy [rows, OUT], u [rows, RANK], b [OUT, RANK]; hidden [strips, rows, RANK], db [pieces, OUT, RANK].
+    """
+    strip = tl.program_id(0)
+    piece = tl.program_id(1)
+    column = strip * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    rank = tl.arange(0, BLOCK_R)
+    weight = (column[:, None] < OUT) & (rank[None, :] < RANK)
+    b = tl.load(b_ptr + column[:, None] * RANK + rank[None, :], mask=weight, other=0)
+    db = tl.full([BLOCK_OUT, BLOCK_R], 0.0, tl.float32)
+    hidden_ptr += strip.to(tl.int64) * rows * RANK
+    first = piece * (BLOCKS_PER_PROGRAM * BLOCK_ROWS)
+    for start in tl.range(first, tl.minimum(first + BLOCKS_PER_PROGRAM * BLOCK_ROWS, rows), BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        is_row = row[:, None] < rows
+        small = is_row & (rank[None, :] < RANK)
+        place = row[:, None].to(tl.int64) * OUT + column[None, :]
+        dy = tl.load(dy_ptr + place, mask=is_row & (column[None, :] < OUT), other=0)
+        u = tl.load(u_ptr + row[:, None] * RANK + rank[None, :], mask=small, other=0)
+        hidden = tl.dot(dy, b, input_precision="ieee")
+        tl.store(hidden_ptr + row[:, None] * RANK + rank[None, :], hidden, mask=small)
+        db = tl.dot(tl.trans(dy), u, db, input_precision="ieee")
+    db_ptr += piece.to(tl.int64) * (OUT * RANK)
+    tl.store(db_ptr + column[:, None] * RANK + rank[None, :], db, mask=weight)
