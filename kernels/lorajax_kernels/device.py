@@ -6,11 +6,13 @@ device. `choose` takes the first that can. A named one that cannot serve raises:
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -111,11 +113,30 @@ class Implementation(Generic[Problem]):
         name: as users write it.
         why_not: (problem, device) -> None if it can serve, otherwise the reason why it cannot.
         function: what computes it; its arguments are the op's affair.
+        splits: whether XLA can split it over devices. What it cannot split runs on all rows on each device.
     """
 
     name: str
     why_not: Callable[[Problem, Device], str | None]
     function: Callable[..., Any]
+    splits: bool = True
+
+
+_split_over = contextvars.ContextVar("lorajax_kernels.split_over", default=1)
+
+
+@contextlib.contextmanager
+def split_over(devices: int) -> Iterator[None]:
+    """Ops traced in this context belong to a program that XLA splits over this many devices.
+
+    "auto" then passes over what it cannot split. Within jax.shard_map each device has a program of its own:
+    split_over(1).
+    """
+    token = _split_over.set(devices)
+    try:
+        yield
+    finally:
+        _split_over.reset(token)
 
 
 class Choice(NamedTuple):
@@ -157,6 +178,8 @@ def choose(
     refused: dict[str, str] = {}
     for known in implementations:
         reason = known.why_not(problem, device)
+        if not known.splits and _split_over.get() > 1:
+            reason = reason or f"XLA cannot split it over {_split_over.get()} devices"
         if reason is None:
             _log_once(op, known.name, "; ".join(f"not {name}: {why}" for name, why in refused.items()))
             return Choice(known.name, refused)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from lorajax_kernels import choose_attention
-from lorajax_kernels.device import Choice
+from lorajax_kernels.device import Choice, split_over
 
 from lorajax.config import Config
 from lorajax.data import (
@@ -175,14 +175,15 @@ def _choose_attention(config: Config, model: Decoder) -> Choice:
     k = jax.ShapeDtypeStruct((rows, length, options.num_kv_heads, options.head_dim), model.dtype)
     segment_ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     try:
-        return choose_attention(
-            q,
-            k,
-            k,
-            segment_ids,
-            max_segments=max_segments(config),
-            implementation=model.attention_implementation,
-        )
+        with split_over(data_mesh().size):
+            return choose_attention(
+                q,
+                k,
+                k,
+                segment_ids,
+                max_segments=max_segments(config),
+                implementation=model.attention_implementation,
+            )
     except ValueError as error:
         raise UserError(f"model.attention: {error}; set it to auto") from error
 

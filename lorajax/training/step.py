@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Shaped, UInt32
 from lorajax_kernels import linear_cross_entropy
+from lorajax_kernels.device import split_over
 
 from lorajax.models.decoder import Decoder
 from lorajax.sharding import DATA_AXIS
@@ -219,14 +220,15 @@ def loss_sum(
     train_head: bool = False,
 ) -> Float[Array, ""]:
     """Sum of the cross-entropy over the target tokens of the rows, weighted."""
-    hidden = model.hidden_states(
-        rows["tokens"],
-        rows["segment_ids"],
-        rows["positions"],
-        max_segments=max_segments,
-        dropout_key=dropout_key,
-        checkpointing=checkpointing,
-    )
+    with split_over(mesh.size):
+        hidden = model.hidden_states(
+            rows["tokens"],
+            rows["segment_ids"],
+            rows["positions"],
+            max_segments=max_segments,
+            dropout_key=dropout_key,
+            checkpointing=checkpointing,
+        )
     split, everywhere = PartitionSpec(DATA_AXIS), PartitionSpec()
 
     # Each device runs over its own tokens: chunks of a global list of tokens would have to travel.

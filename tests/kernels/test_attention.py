@@ -10,8 +10,8 @@ import lorajax_kernels
 import numpy as np
 import pytest
 from lorajax_kernels import attention, cached_attention, choose_attention
-from lorajax_kernels.attention import xla
-from lorajax_kernels.device import Implementation
+from lorajax_kernels.attention import cudnn, xla
+from lorajax_kernels.device import Device, Implementation, split_over
 
 B, H = 2, 8
 # Two rows with one-token segments at both ends and in the middle, and padding; no chunk divides T = 37.
@@ -206,8 +206,12 @@ def test_choice_names_the_first_that_can_serve_and_says_why_not_the_others(monke
     with caplog.at_level(logging.INFO, "lorajax_kernels"):
         for _ in range(2):
             name, refused = choose_attention(q, k, v, SEGMENT_IDS)
-    assert (name, refused) == ("xla", {"picky": "no head_dim 8"})
-    assert [record.message for record in caplog.records] == ["attention: xla (not picky: no head_dim 8)"]
+    assert name == "xla" and list(refused) == ["picky", "triton", "cudnn"]
+    assert refused["picky"] == "no head_dim 8"
+    [record] = caplog.records
+    assert record.message.startswith(
+        "attention: xla (not picky: no head_dim 8; not triton: it needs an NVIDIA"
+    )
     with pytest.raises(ValueError, match="'picky' cannot serve: no head_dim 8"):
         attention(q, k, v, SEGMENT_IDS, implementation="picky")
     assert choose_attention(q, k, v, SEGMENT_IDS, implementation="reference").name == "reference"
@@ -215,9 +219,44 @@ def test_choice_names_the_first_that_can_serve_and_says_why_not_the_others(monke
 
 def test_unknown_implementation_lists_the_known_ones():
     q, k, v, _ = qkv(4, 2)
-    assert lorajax_kernels.attention_implementations() == ("xla", "reference", "cudnn", "triton")
-    with pytest.raises(ValueError, match="'flash'; known: auto, xla, reference, cudnn, triton"):
+    assert lorajax_kernels.attention_implementations() == ("triton", "cudnn", "xla", "reference")
+    with pytest.raises(ValueError, match="'flash'; known: auto, triton, cudnn, xla, reference"):
         attention(q, k, v, SEGMENT_IDS, implementation="flash")
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "max_segments", "expected"),
+    (
+        ((9, 0), 128, 33, "triton"),  # packed
+        ((9, 0), 128, 2, "cudnn"),  # one document and padding
+        ((9, 0), 64, 2, "triton"),
+        ((9, 0), 128, None, "triton"),  # no bound, which cuDNN needs
+        ((8, 0), 128, 2, "triton"),  # older than Hopper
+        ((7, 5), 128, 2, "xla"),
+    ),
+)
+def test_choice_follows_what_was_measured(capability, head_dim, max_segments, expected, monkeypatch):
+    monkeypatch.setattr(cudnn, "_why_not_this_jax", lambda is_grouped: None)
+    device = Device("a GPU", capability, 91900, no_triton="it is old" if capability < (8, 0) else None)
+    q = jax.ShapeDtypeStruct((2, 256, 8, head_dim), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 256, 2, head_dim), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    choice = choose_attention(q, k, k, ids, max_segments=max_segments, device=device)
+    assert choice.name == expected
+
+
+def test_choice_passes_over_what_cannot_be_split_over_devices(monkeypatch):
+    monkeypatch.setattr(cudnn, "_why_not_this_jax", lambda is_grouped: None)
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in qkv(4, 2))
+    options = {"max_segments": 9, "device": Device("H200", (9, 0), 91900)}
+    with split_over(4):
+        name, refused = choose_attention(q, k, v, SEGMENT_IDS, **options)
+        assert (name, refused) == ("cudnn", {"triton": "XLA cannot split it over 4 devices"})
+        with split_over(1):  # within shard_map
+            assert choose_attention(q, k, v, SEGMENT_IDS, **options).name == "triton"
+        named = choose_attention(q, k, v, SEGMENT_IDS, implementation="triton", **options)
+        assert named.name == "triton"
+    assert choose_attention(q, k, v, SEGMENT_IDS, **options).name == "triton"
 
 
 @pytest.mark.parametrize(

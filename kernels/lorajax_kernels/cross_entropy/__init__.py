@@ -38,7 +38,7 @@ def _anywhere(problem: Problem, device: Device) -> None:
 
 # How the logits of a chunk become their loss and gradient. "auto" takes the first that can serve.
 _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
-    Implementation("triton", triton.why_not, triton.triton_loss_and_gradient),
+    Implementation("triton", triton.why_not, triton.triton_loss_and_gradient, splits=False),
     Implementation("xla", _anywhere, xla_loss_and_gradient),
 )
 

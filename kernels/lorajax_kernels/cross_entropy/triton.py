@@ -31,8 +31,8 @@ class Tiling:
     num_warps: int
 
 
-# Not tuned yet.
-TILING = Tiling(block=16384, num_warps=32)
+# The fastest of eight on an H200, by 1%.
+TILING = Tiling(block=16384, num_warps=16)
 
 
 def why_not(problem: Problem, device: Device) -> str | None:

@@ -41,7 +41,7 @@ def _anywhere(problem: Problem, device: Device) -> None:
 
 # How the gradients of an adapter are made. "auto" takes the first that can serve.
 _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
-    Implementation("triton", triton.why_not, triton.triton_hidden_and_b),
+    Implementation("triton", triton.why_not, triton.triton_hidden_and_b, splits=False),
     Implementation("xla", _anywhere, xla_hidden_and_b),
 )
 

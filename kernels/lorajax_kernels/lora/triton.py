@@ -2,7 +2,7 @@
 
 A program owns some columns of dy and goes down some of its rows: dB of its columns stays in registers, and
 for each block of rows it leaves what its columns add to dy B. Both are sums over programs, which XLA makes of
-small float32 arrays: R / 512 of dy's size, and less.
+small float32 arrays.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Tiling:
     num_stages: int
 
 
-# Not tuned yet.
-TILING = Tiling(rows=64, columns=512, programs=132, num_warps=8, num_stages=2)
+# The fastest of twelve on an H200.
+TILING = Tiling(rows=64, columns=256, programs=132, num_warps=8, num_stages=3)
 
 
 def why_not(problem: Problem, device: Device) -> str | None:

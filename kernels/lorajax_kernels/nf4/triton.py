@@ -39,7 +39,7 @@ class Tiling:
     num_warps: int
 
 
-# By the bytes of an output element. Not tuned yet.
+# By the bytes of an output element: 2 as measured on an H200, where 256 to 512 words are alike.
 TILINGS = {2: Tiling(words=512, num_warps=4), 4: Tiling(words=512, num_warps=4)}
 
 
