@@ -50,10 +50,7 @@ def main() -> None:
     from results import Ceilings, as_json, table
 
     ceilings = Ceilings.measured(tiny=arguments.tiny)
-    rows: list[Any] = []
-    for name in arguments.only:
-        rows += importlib.import_module(name).benchmark(ceilings, arguments.tiny)
-    record = {
+    about = {
         "benchmark": "kernels",
         **environment(*PACKAGES, commit=arguments.commit),
         "device": current_device().kind,
@@ -61,9 +58,13 @@ def main() -> None:
         "platform": jax.default_backend(),
         "tiny": arguments.tiny,
         "ceilings": asdict(ceilings),
-        "rows": [as_json(row, rows) for row in rows],
     }
-    Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    rows: list[Any] = []
+    for name in arguments.only:
+        rows += importlib.import_module(name).benchmark(ceilings, arguments.tiny)
+        # After each op, so that a run that is cut short keeps what it has measured.
+        record = about | {"rows": [as_json(row, rows) for row in rows]}
+        Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(table(rows))
     print(f"ceilings: {ceilings.bytes_per_second / 1e12:.2f} TB/s, {ceilings.flops / 1e12:.0f} TFLOP/s")
 
