@@ -1,6 +1,7 @@
 """All benchmarks of kernels/benchmarks in one process, recorded.
 
     python benchmarks/kernels.py --out benchmarks/results/kernels-h200.json
+    python benchmarks/kernels.py --show benchmarks/results/kernels-h200.json  # the table of kernels/README.md
 
 Peers that are not installed, or fail, are listed with the reason. --tiny: small sizes, to see that it works.
 """
@@ -38,11 +39,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--out", required=True, help="JSON file for the result")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--out", help="JSON file for the result")
+    goal.add_argument(
+        "--show", metavar="FILE", help="print a result as a table in Markdown, and measure nothing"
+    )
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=SCRIPTS, help="some of the ops")
     parser.add_argument("--tiny", action="store_true", help="small sizes")
     arguments = parser.parse_args()
+    if arguments.show:
+        from results import markdown
+
+        print(markdown(json.loads(Path(arguments.show).read_text(encoding="utf-8"))))
+        return
     # Before JAX starts: peers of other frameworks need memory of the same GPU.
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.5")
     import jax

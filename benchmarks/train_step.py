@@ -153,11 +153,28 @@ def in_process_of_its_own(case: str, segments: int) -> dict[str, Any]:
     return {"case": case, "segments": segments, "error": errors[-1][:300] if errors else done.stderr[-300:]}
 
 
+def lines_of_json(command: str) -> list[dict[str, Any]]:
+    """What another library's script reports of itself on this machine."""
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    records = [{"command": command, "exit_code": done.returncode, **record} for record in found or [{}]]
+    for record in records:
+        print(json.dumps(record), flush=True)
+    return records
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("cases", nargs="+", metavar="MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION")
+    parser.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="run afterwards, from the same folder; its lines of JSON are recorded as they are",
+    )
     parser.add_argument("--segments", type=int, default=1, help="documents on a row")
     parser.add_argument("--out", help="JSON file for the result")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
@@ -171,6 +188,7 @@ def main() -> None:
     for case in arguments.cases:
         rows.append(in_process_of_its_own(case, arguments.segments))
         print(json.dumps(rows[-1]), flush=True)
+    beside = [record for command in arguments.beside for record in lines_of_json(command)]
     if arguments.out:
         packages = ("lorajax", "jax", "jaxlib", "flax", "optax")
         record = {
@@ -178,6 +196,7 @@ def main() -> None:
             **environment(*packages, commit=arguments.commit),
             "steps": STEPS * ROUNDS,
             "rows": rows,
+            "beside": beside,
         }
         Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

@@ -158,6 +158,22 @@ def table(rows: list[Row]) -> str:
     )
 
 
+def markdown(record: Mapping[str, Any]) -> str:
+    """The record of a run as a table in Markdown: a line a case, times in ms, fastest first."""
+    lines = ["| op and case | this library | of the ceiling | others |", "| --- | --- | --- | --- |"]
+    for op, case in dict.fromkeys((row["op"], row["case"]) for row in record["rows"]):
+        rows = [row for row in record["rows"] if (row["op"], row["case"]) == (op, case) and "ms" in row]
+        rows.sort(key=lambda row: row["ms"])
+        ours, others = (
+            [f"{row['implementation']} {row['ms']:.3g}" for row in rows if row["ours"] is mine]
+            for mine in (True, False)
+        )
+        ceiling = next(row["of_ceiling"] for row in rows if row["ours"])
+        cells = (f"{op}, {case}", ", ".join(ours), f"{ceiling:.0%}", ", ".join(others))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def as_json(row: Row, rows: list[Row]) -> dict[str, Any]:
     """What is known of a row, with its ratio to the best peer among the rows."""
     known = asdict(row) | {"to_best_peer": to_best_peer(row, rows)}

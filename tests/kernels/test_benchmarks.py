@@ -53,6 +53,11 @@ def test_rates_and_ratios(results, rows):
     assert results.to_best_peer(row, [row]) is None
 
 
+def test_table_in_markdown(results, rows):
+    record = {"rows": [results.as_json(row, rows) for row in rows]}
+    assert results.markdown(record).splitlines()[2:] == ["| op, case | ours 2 | 50% | peer 3, slow peer 4 |"]
+
+
 def test_a_peer_that_fails_is_reported_with_its_reason(results, rows):
     assert (rows[3].ms, rows[3].note) == (None, "ImportError: no such package")
     lines = results.table(rows).splitlines()
