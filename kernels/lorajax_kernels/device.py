@@ -112,13 +112,13 @@ class Implementation(Generic[Problem]):
     Attributes:
         name: as users write it.
         why_not: (problem, device) -> None if it can serve, otherwise the reason why it cannot.
-        function: what computes it; its arguments are the op's affair.
+        function: what computes it, a function or several; that is the op's affair.
         splits: whether XLA can split it over devices. What it cannot split runs on all rows on each device.
     """
 
     name: str
     why_not: Callable[[Problem, Device], str | None]
-    function: Callable[..., Any]
+    function: Any
     splits: bool = True
 
 
@@ -188,7 +188,7 @@ def choose(
     raise ValueError(f"no {op} implementation can serve: {reasons}")
 
 
-def function_of(implementations: Sequence[Implementation[Problem]], name: str) -> Callable[..., Any]:
+def function_of(implementations: Sequence[Implementation[Problem]], name: str) -> Any:
     """What computes the op, of the implementation of that name."""
     return next(known.function for known in implementations if known.name == name)
 

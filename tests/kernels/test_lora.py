@@ -21,7 +21,14 @@ from lorajax_kernels.lora import (
 )
 from lorajax_kernels.lora import triton as host
 from lorajax_kernels.lora.products import should_join
-from lorajax_kernels.lora.triton import TILING, Tiling, triton_hidden_and_b
+from lorajax_kernels.lora.triton import (
+    JOIN_TILING,
+    TILING,
+    JoinTiling,
+    Tiling,
+    triton_hidden_and_b,
+    triton_hidden_and_joined,
+)
 from lorajax_kernels.lora.xla import xla_hidden_and_b
 from lorajax_kernels.nf4 import dequantize_nf4, quantize_nf4
 
@@ -443,18 +450,32 @@ def test_triton_gradients_equal_xla(run_on_cpu, rows, out, rank, programs):
         np.testing.assert_allclose(a, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_layers_through_triton_equal_the_reference(run_on_cpu, monkeypatch):
+@pytest.mark.parametrize(("rows", "width", "rank"), ((32, 64, 16), (37, 70, 8), (5, 20, 40)))
+def test_triton_hidden_and_joined_are_the_formula(run_on_cpu, rows, width, rank):
+    run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
+    x, a = normal(rows, width), normal(rank, width, seed=1)
+    tiling = JoinTiling(rows=16, columns=32, num_warps=4, num_stages=2)
+    found = triton_hidden_and_joined(x, a, tiling=tiling)
+    u = jnp.einsum("ri,ki->rk", x, a, precision="highest")
+    for value, expected in zip(found, (u, jnp.concatenate([x, u], axis=1)), strict=True):
+        assert value.shape == expected.shape and value.dtype == expected.dtype
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arrangement", ("joined", "added"))
+def test_layers_through_triton_equal_the_reference(run_on_cpu, monkeypatch, arrangement):
     run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
     monkeypatch.setattr(gradient, "MIN_OUT", 10)  # the last layer is too narrow
     monkeypatch.setattr(host, "TILING", Tiling(16, 16, 3, 4, 2))
+    monkeypatch.setattr(host, "JOIN_TILING", JoinTiling(16, 16, 4, 2))
     monkeypatch.setattr(
         "lorajax_kernels.lora._IMPLEMENTATIONS",
-        (Implementation("triton", lambda problem, device: None, triton_hidden_and_b),),
+        (Implementation("triton", lambda problem, device: None, gradient.TRITON),),
     )
     weights, adapters, biases = layers()
     x = normal(40, IN)
     arguments = x, weights, adapters, biases, cotangents(x, weights)
-    found = outputs_and_gradients(functools.partial(lora_linears, trainable_bias=True), *arguments)
+    found = outputs_and_gradients(arranged(arrangement, trainable_bias=True), *arguments)
     assert_close(found, outputs_and_gradients(reference_lora_linears, *arguments), 1e-5)
 
 
@@ -468,7 +489,7 @@ def test_triton_compiles_without_a_gpu(compile_kernel, rank, capability):
     compiled = compile_kernel(
         hidden_and_b_kernel,
         capability,
-        pointers | {"rows": "i32", "hidden_ptr": "*fp32", "db_ptr": "*fp32"},
+        pointers | {"rows": "i32", "hidden_ptr": "*bf16", "db_ptr": "*fp32"},
         {
             "OUT": 8192,
             "RANK": rank,
@@ -479,6 +500,30 @@ def test_triton_compiles_without_a_gpu(compile_kernel, rank, capability):
         },
         TILING.num_warps,
         TILING.num_stages,
+    )
+    assert "mma" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= {80: 163, 90: 227}[capability] * 1024
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("rank", (8, 96))
+def test_triton_hidden_and_joined_compiles_without_a_gpu(compile_kernel, rank, capability):
+    from lorajax_kernels.lora.triton_kernels import hidden_and_joined_kernel
+
+    pointers = ("x_ptr", "a_ptr", "hidden_ptr", "joined_ptr")
+    compiled = compile_kernel(
+        hidden_and_joined_kernel,
+        capability,
+        dict.fromkeys(pointers, "*bf16") | {"rows": "i32"},
+        {
+            "IN": 2048,
+            "RANK": rank,
+            "BLOCK_ROWS": JOIN_TILING.rows,
+            "BLOCK_IN": JOIN_TILING.columns,
+            "BLOCK_R": max(16, 1 << (rank - 1).bit_length()),
+        },
+        JOIN_TILING.num_warps,
+        JOIN_TILING.num_stages,
     )
     assert "mma" in compiled.asm["ptx"]
     assert compiled.metadata.shared <= {80: 163, 90: 227}[capability] * 1024

@@ -13,7 +13,6 @@ from lorajax_kernels.lora import gradient, triton
 from lorajax_kernels.lora.operands import Adapter
 from lorajax_kernels.lora.products import ARRANGEMENTS
 from lorajax_kernels.lora.reference import reference_lora_linears
-from lorajax_kernels.lora.xla import xla_hidden_and_b
 from lorajax_kernels.nf4 import NF4Weight
 
 __all__ = [
@@ -39,10 +38,10 @@ def _anywhere(problem: Problem, device: Device) -> None:
     """Serves every problem on every device."""
 
 
-# How the gradients of an adapter are made. "auto" takes the first that can serve.
+# How the small products of adapters are made. "auto" takes the first that can serve.
 _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
-    Implementation("triton", triton.why_not, triton.triton_hidden_and_b, splits=False),
-    Implementation("xla", _anywhere, xla_hidden_and_b),
+    Implementation("triton", triton.why_not, gradient.TRITON, splits=False),
+    Implementation("xla", _anywhere, gradient.XLA),
 )
 
 
@@ -129,7 +128,7 @@ def lora_linears(
         trainable_bias: make the biases' gradients.
         arrangement: how the adapter's product meets the frozen one. "joined": one GEMM on [x, x a^T] and
             [W, scale * b]; "added": two GEMMs; "auto": what moves less memory, in either pass.
-        implementation: of the adapters' gradients: a name of `lora_implementations()`, or "auto": the first
+        implementation: of the small products: a name of `lora_implementations()`, or "auto": the first
             of them that can serve.
 
     Returns:
@@ -144,8 +143,8 @@ def lora_linears(
     _check(x, weights, adapters, biases, arrangement)
     rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
     choice = choose_lora(x.dtype, rank, implementation=implementation)
-    hidden_and_b = function_of(_IMPLEMENTATIONS, choice.name)
-    options = gradient.Options(arrangement, trainable_bias, hidden_and_b)
+    kernels = function_of(_IMPLEMENTATIONS, choice.name)
+    options = gradient.Options(arrangement, trainable_bias, kernels)
     ys = gradient.apply(options, x.reshape(-1, x.shape[-1]), weights, adapters, biases)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
 

@@ -21,6 +21,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from jaxtyping import Array, Float
 
 from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
 from lorajax_kernels.lora.products import should_join, sum_of_products
-from lorajax_kernels.lora.triton import MIN_OUT
+from lorajax_kernels.lora.triton import MIN_OUT, triton_hidden_and_b, triton_hidden_and_joined
 from lorajax_kernels.lora.xla import xla_hidden_and_b
 from lorajax_kernels.nf4 import NF4Weight
 from lorajax_kernels.precision import einsum, product
@@ -46,6 +47,22 @@ Adapters = tuple[Adapter | None, ...]
 Biases = tuple[Float[Array, " out_i"] | None, ...]
 
 
+class Kernels(NamedTuple):
+    """An implementation.
+
+    Attributes:
+        hidden_and_b: (dy, u, scaled B) -> (dy B, dy^T u), see xla_hidden_and_b.
+        hidden_and_joined: (x, A) -> (x A^T, [x, x A^T]), see triton_hidden_and_joined; None: not as one.
+    """
+
+    hidden_and_b: Callable[[Array, Array, Array], tuple[Array, Array]]
+    hidden_and_joined: Callable[[Array, Array], tuple[Array, Array]] | None
+
+
+XLA = Kernels(xla_hidden_and_b, None)
+TRITON = Kernels(triton_hidden_and_b, triton_hidden_and_joined)
+
+
 @dataclass(frozen=True)
 class Options:
     """What is static.
@@ -53,12 +70,12 @@ class Options:
     Attributes:
         arrangement: one of ARRANGEMENTS.
         trainable_bias: whether biases have gradients.
-        hidden_and_b: (dy, u, scaled B) -> (dy B, dy^T u), as xla_hidden_and_b.
+        kernels: what makes the small products.
     """
 
     arrangement: str
     trainable_bias: bool
-    hidden_and_b: Callable[[Array, Array, Array], tuple[Array, Array]]
+    kernels: Kernels
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -69,8 +86,7 @@ def apply(options: Options, x: Rows, weights: Weights, adapters: Adapters, biase
 def _forward(options: Options, x: Rows, weights: Weights, adapters: Adapters, biases: Biases):
     residuals = x, weights, adapters, biases
     (x,), weights, adapters = _once_there((x,), x.dtype, weights, adapters)
-    u = checkpoint_name(_hidden(x, adapters), "lora_hidden")
-    ys = _outputs(options, x, u, weights, adapters)
+    u, ys = _hidden_and_outputs(options, x, weights, adapters)
     ys = [y if bias is None else y + bias.astype(y.dtype) for y, bias in zip(ys, biases, strict=True)]
     return tuple(ys), (u, *residuals)
 
@@ -82,8 +98,8 @@ def _backward(options: Options, residuals, dys: Outputs):
     for dy, adapter, columns in zip(dys, adapters, _columns(adapters), strict=True):
         if adapter is not None:
             small = dy.shape[1] < MIN_OUT or not dy.shape[0]
-            hidden_and_b = xla_hidden_and_b if small else options.hidden_and_b
-            du, db = hidden_and_b(dy, u[:, columns], _scaled_b(adapter, x.dtype))
+            kernels = XLA if small else options.kernels
+            du, db = kernels.hidden_and_b(dy, u[:, columns], _scaled_b(adapter, x.dtype))
             dus.append(du)
             dbs.append(adapter.scale * db)
     das = _gradients_of_a(x, dus, _present(adapters))
@@ -97,30 +113,40 @@ def _backward(options: Options, residuals, dys: Outputs):
 apply.defvjp(_forward, _backward)
 
 
-def _hidden(x: Rows, adapters: Adapters) -> Hidden:
+def _hidden_and_outputs(
+    options: Options, x: Rows, weights: Weights, adapters: Adapters
+) -> tuple[Hidden, list[Array]]:
     present = _present(adapters)
-    if not any(adapter.drops for adapter in present):
-        return product("ri,ki->rk", x, _filled_up(_stacked_a(x, present), axis=0))
-    parts = [product("ri,ki->rk", drop(x, adapter), _stacked_a(x, [adapter])) for adapter in present]
-    return _filled_up(jnp.concatenate(parts, axis=1), axis=1)
-
-
-def _outputs(options: Options, x: Rows, u: Hidden, weights: Weights, adapters: Adapters) -> Outputs:
     adapted = sum(
         weight.shape[0] for weight, adapter in zip(weights, adapters, strict=True) if adapter is not None
     )
     join = should_join(options.arrangement, terms=2, rows=x.shape[0], k=x.shape[1], out=adapted)
+    at_once = options.kernels.hidden_and_joined if join and present and x.shape[0] else None
+    joined = None
+    if any(adapter.drops for adapter in present):
+        parts = [product("ri,ki->rk", drop(x, adapter), _stacked_a(x, [adapter])) for adapter in present]
+        u = _filled_up(jnp.concatenate(parts, axis=1), axis=1)
+    elif at_once is not None:
+        u, joined = at_once(x, _filled_up(_stacked_a(x, present), axis=0))
+    else:
+        u = product("ri,ki->rk", x, _filled_up(_stacked_a(x, present), axis=0))
+    u = checkpoint_name(u, "lora_hidden")
+    if join and joined is None:
+        joined = jnp.concatenate([x, u], axis=1)
+
     ys = []
     for weight, adapter, columns in zip(weights, adapters, _columns(adapters), strict=True):
         w = dense(weight, x.dtype)
         if adapter is None:
             ys.append(product("ri,oi->ro", x, w))
+            continue
+        others = (columns.start, u.shape[1] - columns.stop)
+        s = jnp.pad(_scaled_b(adapter, x.dtype), ((0, 0), others))  # [out, R]
+        if joined is not None:
+            ys.append(product("rk,ok->ro", joined, jnp.concatenate([w, s], axis=1)))
         else:
-            others = (columns.start, u.shape[1] - columns.stop)
-            s = jnp.pad(_scaled_b(adapter, x.dtype), ((0, 0), others))  # [out, R]
-            # [x, u] is the same for all layers, and XLA makes it once.
-            ys.append(sum_of_products((x, u), (w, s), transposed=True, join=join))
-    return ys
+            ys.append(sum_of_products((x, u), (w, s), transposed=True, join=False))
+    return u, ys
 
 
 def _gradients_of_a(x: Rows, dus: Sequence[Array], present: Sequence[Adapter]) -> Sequence[Array]:

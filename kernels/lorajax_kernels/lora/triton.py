@@ -1,8 +1,11 @@
-"""What flows back into an adapter, by one Triton kernel that reads dy once.
+"""Triton kernels that read a large operand of an adapter once where XLA reads it twice.
 
-A program owns some columns of dy and goes down some of its rows: dB of its columns stays in registers, and
-for each block of rows it leaves what its columns add to dy B. Both are sums over programs, which XLA makes of
-small float32 arrays.
+In the backward pass a program owns some columns of dy and goes down some of its rows: dB of its columns stays
+in registers, and for each block of rows it leaves what its columns add to dy B. Both are sums over programs,
+which XLA makes of small arrays. Those of dy B are rounded to dy's dtype: each is a few hundred products, and
+there are a few dozen, so that the sum is as exact as its own rounding.
+
+In the forward pass x is copied, for the product with [x, u], by the kernel that makes u of it.
 """
 
 from __future__ import annotations
@@ -47,6 +50,20 @@ class Tiling:
 TILING = Tiling(rows=64, columns=256, programs=132, num_warps=8, num_stages=3)
 
 
+@dataclass(frozen=True)
+class JoinTiling:
+    """The same of the kernel of the forward pass; a program goes along the columns of its rows."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+# Not tuned yet.
+JOIN_TILING = JoinTiling(rows=64, columns=128, num_warps=8, num_stages=3)
+
+
 def why_not(problem: Problem, device: Device) -> str | None:
     """None if the kernel can serve the problem there, otherwise the reason why not."""
     if device.no_triton is not None:
@@ -82,7 +99,7 @@ def triton_hidden_and_b(
         triton_kernels.hidden_and_b_kernel,
         *(dy, u, b, rows),
         out_shape=(
-            jax.ShapeDtypeStruct((strips, rows, rank), jnp.float32),
+            jax.ShapeDtypeStruct((strips, rows, rank), dy.dtype),
             jax.ShapeDtypeStruct((pieces, out, rank), jnp.float32),
         ),
         grid=(strips, pieces),
@@ -95,4 +112,30 @@ def triton_hidden_and_b(
         BLOCK_OUT=columns,
         BLOCK_R=block_r,
     )
-    return jnp.sum(hidden, axis=0).astype(dy.dtype), jnp.sum(db, axis=0)
+    return jnp.sum(hidden, axis=0, dtype=jnp.float32).astype(dy.dtype), jnp.sum(db, axis=0)
+
+
+def triton_hidden_and_joined(
+    x: Float[Array, "rows in"], a: Float[Array, "R in"], *, tiling: JoinTiling | None = None
+) -> tuple[Float[Array, "rows R"], Float[Array, "rows joined"]]:
+    """u = x a^T in x's dtype, and x with u beside it; all of one dtype."""
+    from lorajax_kernels.lora import triton_kernels
+
+    tiling = tiling or JOIN_TILING
+    (rows, width), rank = x.shape, a.shape[0]
+    return triton_call(
+        triton_kernels.hidden_and_joined_kernel,
+        *(x, a, rows),
+        out_shape=(
+            jax.ShapeDtypeStruct((rows, rank), x.dtype),
+            jax.ShapeDtypeStruct((rows, width + rank), x.dtype),
+        ),
+        grid=(-(-rows // tiling.rows),),
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+        IN=width,
+        RANK=rank,
+        BLOCK_ROWS=tiling.rows,
+        BLOCK_IN=tiling.columns,
+        BLOCK_R=max(16, 1 << (rank - 1).bit_length()),
+    )

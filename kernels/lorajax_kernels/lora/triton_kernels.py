@@ -1,4 +1,4 @@
-"""Triton kernel of what flows back into an adapter; triton.py beside this one launches it."""
+"""Triton kernels of layers with adapters; triton.py beside this one launches them."""
 
 import triton
 import triton.language as tl
@@ -40,7 +40,44 @@ def hidden_and_b_kernel(
         dy = tl.load(dy_ptr + place, mask=is_row & (column[None, :] < OUT), other=0)
         u = tl.load(u_ptr + row[:, None] * RANK + rank[None, :], mask=small, other=0)
         hidden = tl.dot(dy, b, input_precision="ieee")
+        hidden = hidden.to(hidden_ptr.dtype.element_ty)
         tl.store(hidden_ptr + row[:, None] * RANK + rank[None, :], hidden, mask=small)
         db = tl.dot(tl.trans(dy), u, db, input_precision="ieee")
     db_ptr += piece.to(tl.int64) * (OUT * RANK)
     tl.store(db_ptr + column[:, None] * RANK + rank[None, :], db, mask=weight)
+
+
+@triton.jit
+def hidden_and_joined_kernel(
+    x_ptr,
+    a_ptr,
+    rows,
+    hidden_ptr,
+    joined_ptr,
+    IN: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """u = x a^T of one block of rows, and [x, u] beside it; grid (cdiv(rows, BLOCK_ROWS),).
+
+    x [rows, IN], a [RANK, IN]; hidden [rows, RANK], joined [rows, IN + RANK].
+    """
+    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    rank = tl.arange(0, BLOCK_R)
+    x_ptr += row.to(tl.int64) * IN
+    joined_ptr += row.to(tl.int64) * (IN + RANK)
+    hidden = tl.full([BLOCK_ROWS, BLOCK_R], 0.0, tl.float32)
+    for start in tl.range(0, IN, BLOCK_IN):
+        column = start + tl.arange(0, BLOCK_IN)
+        mask = (row < rows) & (column[None, :] < IN)
+        x = tl.load(x_ptr + column[None, :], mask=mask, other=0)
+        tl.store(joined_ptr + column[None, :], x, mask=mask)
+        weight = (rank[:, None] < RANK) & (column[None, :] < IN)
+        a = tl.load(a_ptr + rank[:, None] * IN + column[None, :], mask=weight, other=0)
+        hidden = tl.dot(x, tl.trans(a), hidden, input_precision="ieee")
+    hidden = hidden.to(hidden_ptr.dtype.element_ty)
+    mask = (row < rows) & (rank[None, :] < RANK)
+    tl.store(joined_ptr + IN + rank[None, :], hidden, mask=mask)
+    tl.store(hidden_ptr + row.to(tl.int64) * RANK + rank[None, :], hidden, mask=mask)
