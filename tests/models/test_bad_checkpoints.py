@@ -188,7 +188,7 @@ def test_a_config_that_is_not_supported(config, part, write_llama, tmp_path):
         ({"dtype": "float64"}, "dtype 'float64' is not one of bfloat16, float16, float32"),
         ({"param_dtype": "int8"}, "param_dtype 'int8' is not one of bfloat16, float16, float32"),
         ({"quantization": "nf4"}, "quantization 'nf4' is not supported"),
-        ({"attention": "flash"}, "attention 'flash' is not one of auto, xla, reference"),
+        ({"attention": "flash"}, "attention 'flash' is not one of auto, triton, cudnn, xla, reference"),
     ],
 )
 def test_arguments(arguments, part):

@@ -242,7 +242,7 @@ def test_what_a_run_prints(run):
     total = trainable + sum(tensor.size for tensor in frozen.values())
     assert f"trainable  {trainable:,} of {total:,} parameters" in printed
     assert f"{inputs.documents.train_stats.documents} documents of 30 rows" in printed
-    assert "attention  xla (chosen automatically)" in printed
+    assert "attention  xla (chosen automatically; not triton: " in printed
     assert "4 rows = 2 a device x 2 accumulated x 1 devices: 256 tokens" in printed
     losses = [row["eval_loss"] for row in result.metrics if "eval_loss" in row]
     assert f"step 2: eval_loss {losses[1]:.4f}" in printed
