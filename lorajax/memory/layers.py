@@ -92,6 +92,8 @@ def _rematerialised(layers: Sequence[Layer], *, offload: bool) -> Callable[[Any,
         x = x.value
         inputs: list[Array] = []
         for layer, own in zip(layers, leaves, strict=True):
+            # Together: otherwise what is made of the leaves alone is made for all layers before the first.
+            x, own = jax.lax.optimization_barrier((x, own))
             kept, x = x, layer(own, x)
             # The last layer's input is needed again at once.
             if offload and len(inputs) + 1 < len(layers):
@@ -110,7 +112,7 @@ def _rematerialised(layers: Sequence[Layer], *, offload: bool) -> Callable[[Any,
             if offload and before is not None:
                 before, dy = jax.lax.optimization_barrier((before, dy))
                 before = jax.device_put(before, jax.memory.Space.Device)
-            # With x alone behind it, what is made of the leaves only would be kept from the forward pass.
+            # The leaves too: otherwise what is made of them alone is kept from the forward pass.
             x, own, dy = jax.lax.optimization_barrier((x, own, dy))
             gradient, dy = _gradients(layer, own, chosen, x, dy)
             gradients.append(gradient)
