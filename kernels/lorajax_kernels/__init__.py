@@ -4,8 +4,8 @@
   `cached_attention` for decoding.
 - `linear_cross_entropy`: the loss of the head without its logits, `choose_cross_entropy` and
   `cross_entropy_implementations` beside it.
-- `lora_linear`, `lora_linears`: frozen layers with adapters that share their input; `choose_lora` and
-  `lora_implementations` beside them.
+- `lora_linear`, `lora_linears`: frozen layers with adapters that share their input, and `swiglu_lora_linear`,
+  the one after a gate; `choose_lora` and `lora_implementations` beside them.
 - `quantize_nf4`, `dequantize_nf4`, `nf4_linear`: weights of 4 bits an element.
 - `rms_norm`, `rope`, `swiglu`, `geglu`: what lies between the products.
 - `segments`: where the segments of a row start and end.
@@ -27,7 +27,14 @@ from lorajax_kernels.cross_entropy import (
     linear_cross_entropy,
 )
 from lorajax_kernels.elementwise import geglu, rms_norm, rope, swiglu
-from lorajax_kernels.lora import Adapter, choose_lora, lora_implementations, lora_linear, lora_linears
+from lorajax_kernels.lora import (
+    Adapter,
+    choose_lora,
+    lora_implementations,
+    lora_linear,
+    lora_linears,
+    swiglu_lora_linear,
+)
 from lorajax_kernels.nf4 import NF4Weight, dequantize_nf4, nf4_linear, quantize_nf4
 
 __all__ = [
@@ -54,4 +61,5 @@ __all__ = [
     "rope",
     "segments",
     "swiglu",
+    "swiglu_lora_linear",
 ]

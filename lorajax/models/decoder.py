@@ -17,6 +17,7 @@ from lorajax_kernels import (
     rope,
     segments,
     swiglu,
+    swiglu_lora_linear,
 )
 
 from lorajax.lora.config import LoRAConfig
@@ -180,7 +181,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], keys: "DropoutKeys") -> Float[Array, "B T D"]:
         gate, up = project(x, (self.gate_proj, self.up_proj), (keys(4), keys(5)))  # [B, T, F]
-        return self.down_proj(GATES[self.activation](gate, up), keys(6))
+        down, adapter = self.down_proj, self.down_proj.adapter(keys(6))
+        if self.activation == "silu" and adapter is not None:
+            bias = None if down.bias is None else down.bias[...]
+            return swiglu_lora_linear(gate, up, down.weight[...], adapter, bias=bias)
+        return down(GATES[self.activation](gate, up), keys(6))
 
 
 class Block(nnx.Module):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lorajax_kernels import swiglu
 from lorajax_kernels.device import Device, Implementation
 from lorajax_kernels.lora import (
     ARRANGEMENTS,
@@ -18,6 +19,7 @@ from lorajax_kernels.lora import (
     lora_linear,
     lora_linears,
     reference_lora_linears,
+    swiglu_lora_linear,
 )
 from lorajax_kernels.lora import triton as host
 from lorajax_kernels.lora.products import should_join
@@ -28,6 +30,7 @@ from lorajax_kernels.lora.triton import (
     Tiling,
     triton_hidden_and_b,
     triton_hidden_and_joined,
+    triton_swiglu_backward,
 )
 from lorajax_kernels.lora.xla import xla_hidden_and_b
 from lorajax_kernels.nf4 import dequantize_nf4, quantize_nf4
@@ -527,6 +530,106 @@ def test_triton_hidden_and_joined_compiles_without_a_gpu(compile_kernel, rank, c
     )
     assert "mma" in compiled.asm["ptx"]
     assert compiled.metadata.shared <= {80: 163, 90: 227}[capability] * 1024
+
+
+def gated(dtype=jnp.float32, dropout=0.0, bias=True, rank=3):
+    """gate, up, and one layer: (weight, adapter, bias)."""
+    weights, adapters, biases = layers(
+        dtype, outs=(17,), ranks=(rank,), biases=(bias,), dropout=dropout, width=IN
+    )
+    gate, up = (normal(8, 5, IN, dtype=dtype, seed=seed) for seed in (1, 2))
+    return gate, up, weights[0], adapters[0], biases[0]
+
+
+def gated_gradients(function, gate, up, weight, adapter, bias):
+    """Output, and gradients of gate, up, a, b and the bias, of one compiled program."""
+
+    @jax.jit
+    def run(gate, up, ab, bias, dy):
+        def forward(gate, up, ab, bias):
+            return function(gate, up, weight, trained([adapter], [ab])[0], bias)
+
+        y, vjp = jax.vjp(forward, gate, up, ab, bias)
+        return y, vjp(dy)
+
+    dy = normal(*gate.shape[:-1], weight.shape[0], dtype=gate.dtype, seed=7)
+    result = run(gate, up, adapter and (adapter.a, adapter.b), bias, dy)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(result)}
+
+
+def composed(gate, up, weight, adapter, bias):
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    return reference_lora_linears(jax.nn.silu(gate) * up, [weight], [adapter], biases=[bias])[0]
+
+
+def one_op(gate, up, weight, adapter, bias, **options):
+    return swiglu_lora_linear(gate, up, weight, adapter, bias=bias, trainable_bias=True, **options)
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("options", ({}, {"dropout": 0.5}, {"bias": False}, {"rank": None}))
+def test_layer_after_a_gate_equals_the_reference(options, arrangement):
+    arguments = gated(**options)
+    found = gated_gradients(functools.partial(one_op, arrangement=arrangement), *arguments)
+    assert_close(found, gated_gradients(composed, *arguments), 1e-5)
+
+
+def test_layer_after_a_gate_keeps_gate_and_up_and_not_their_product():
+    gate, up, weight, adapter, bias = gated()
+    arguments = (gate, up, adapter.a, adapter.b)
+    _, vjp = jax.vjp(
+        lambda gate, up, a, b: one_op(gate, up, weight, trained([adapter], [(a, b)])[0], bias), *arguments
+    )
+    large = [leaf for leaf in jax.tree.leaves(vjp) if leaf.size == gate.size]
+    assert len(large) == 2
+
+
+def test_layer_after_a_gate_with_nf4_equals_its_dense_weight():
+    gate, up, _, adapter, bias = gated()
+    weight = quantize(normal(17, IN, scale=0.2))
+    found = gated_gradients(one_op, gate, up, weight, adapter, bias)
+    dense = gated_gradients(one_op, gate, up, dequantize_nf4(weight), adapter, bias)
+    assert_close(found, dense, 1e-6)
+
+
+def test_gate_and_up_must_fit():
+    gate, up, weight, adapter, bias = gated()
+    with pytest.raises(ValueError, match=r"swiglu_lora_linear: up must be float32 of shape \(8, 5, 33\)"):
+        one_op(gate, up[:4], weight, adapter, bias)
+
+
+@pytest.mark.parametrize("elements", (64, 2048))
+def test_triton_swiglu_backward_equals_xla(run_on_cpu, monkeypatch, elements):
+    run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
+    monkeypatch.setattr(host, "ELEMENTS", elements)
+    dh, gate, up = (normal(40, 33, seed=seed, scale=3.0) for seed in range(3))
+    h, vjp = jax.vjp(swiglu, gate, up)
+    for a, b in zip(triton_swiglu_backward(dh, gate, up), (*vjp(dh), h), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_after_a_gate_through_triton_equals_the_reference(run_on_cpu, monkeypatch):
+    run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
+    monkeypatch.setattr(gradient, "MIN_OUT", 10)
+    monkeypatch.setattr(host, "TILING", Tiling(16, 16, 3, 4, 2))
+    monkeypatch.setattr(
+        "lorajax_kernels.lora._IMPLEMENTATIONS",
+        (Implementation("triton", lambda problem, device: None, gradient.TRITON),),
+    )
+    arguments = gated()
+    assert_close(gated_gradients(one_op, *arguments), gated_gradients(composed, *arguments), 1e-5)
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("name", ("swiglu_backward_kernel", "swiglu_backward_kernel_for_0_3"))
+def test_triton_swiglu_backward_compiles_without_a_gpu(compile_kernel, name, capability):
+    from lorajax_kernels.lora import triton_kernels
+
+    kernel = getattr(triton_kernels, name)
+    pointers = {argument: "*bf16" for argument in kernel.arg_names if argument.endswith("_ptr")}
+    constants = {"SIZE": 2**32, "BLOCK": host.ELEMENTS}
+    compiled = compile_kernel(kernel, capability, pointers, constants, host.ELEMENT_WARPS, 1)
+    assert "v4.b32" in compiled.asm["ptx"]  # 16 bytes a thread at a time
 
 
 def test_choice_follows_device_dtype_and_rank():

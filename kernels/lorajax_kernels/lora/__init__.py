@@ -23,6 +23,7 @@ __all__ = [
     "lora_linear",
     "lora_linears",
     "reference_lora_linears",
+    "swiglu_lora_linear",
 ]
 
 
@@ -141,12 +142,58 @@ def lora_linears(
     weights, adapters = tuple(weights), tuple(adapters)
     biases = (None,) * len(weights) if biases is None else tuple(biases)
     _check(x, weights, adapters, biases, arrangement)
-    rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
-    choice = choose_lora(x.dtype, rank, implementation=implementation)
-    kernels = function_of(_IMPLEMENTATIONS, choice.name)
-    options = gradient.Options(arrangement, trainable_bias, kernels)
+    options = _options(x.dtype, adapters, arrangement, trainable_bias, implementation)
     ys = gradient.apply(options, x.reshape(-1, x.shape[-1]), weights, adapters, biases)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def swiglu_lora_linear(
+    gate: Float[Array, "*rows in"],
+    up: Float[Array, "*rows in"],
+    weight: Float[Array, "out in"] | NF4Weight,
+    adapter: Adapter | None,
+    *,
+    bias: Float[Array, " out"] | None = None,
+    trainable_bias: bool = False,
+    arrangement: str = "auto",
+    implementation: str = "auto",
+) -> Float[Array, "*rows out"]:
+    """`lora_linears` of one layer on swiglu(gate, up), the largest activation of a decoder layer.
+
+    It is no residual: the backward pass, which reads gate and up anyway, makes it again.
+
+    Args:
+        gate, up: float32, bfloat16 or float16.
+        weight, adapter, bias, trainable_bias, arrangement, implementation: as in lora_linears.
+
+    Returns:
+        In gate's dtype.
+
+    Raises:
+        ValueError: as in lora_linears, or up does not fit gate.
+    """
+    if up.shape != gate.shape or up.dtype != gate.dtype:
+        raise ValueError(
+            f"swiglu_lora_linear: up must be {gate.dtype} of shape {gate.shape} to fit gate, "
+            f"got {up.dtype} of shape {up.shape}"
+        )
+    _check(gate, (weight,), (adapter,), (bias,), arrangement)
+    options = _options(gate.dtype, (adapter,), arrangement, trainable_bias, implementation)
+    flat = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
+    y = gradient.apply_gated(options, *flat, weight, adapter, bias)
+    return y.reshape(*gate.shape[:-1], y.shape[-1])
+
+
+def _options(
+    dtype: jnp.dtype,
+    adapters: gradient.Adapters,
+    arrangement: str,
+    trainable_bias: bool,
+    implementation: str,
+) -> gradient.Options:
+    rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
+    choice = choose_lora(dtype, rank, implementation=implementation)
+    return gradient.Options(arrangement, trainable_bias, function_of(_IMPLEMENTATIONS, choice.name))
 
 
 def _check(

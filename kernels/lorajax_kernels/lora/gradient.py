@@ -28,9 +28,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from lorajax_kernels.elementwise import swiglu
 from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
 from lorajax_kernels.lora.products import should_join, sum_of_products
-from lorajax_kernels.lora.triton import MIN_OUT, triton_hidden_and_b, triton_hidden_and_joined
+from lorajax_kernels.lora.triton import (
+    MIN_OUT,
+    triton_hidden_and_b,
+    triton_hidden_and_joined,
+    triton_swiglu_backward,
+)
 from lorajax_kernels.lora.xla import xla_hidden_and_b
 from lorajax_kernels.nf4 import NF4Weight
 from lorajax_kernels.precision import einsum, product
@@ -52,15 +58,17 @@ class Kernels(NamedTuple):
 
     Attributes:
         hidden_and_b: (dy, u, scaled B) -> (dy B, dy^T u), see xla_hidden_and_b.
-        hidden_and_joined: (x, A) -> (x A^T, [x, x A^T]), see triton_hidden_and_joined; None: not as one.
+        hidden_and_joined: (x, A) -> (x A^T, [x, x A^T]), see triton_hidden_and_joined; None: one by one.
+        swiglu_backward: (dh, gate, up) -> (dgate, dup, h), see triton_swiglu_backward; None: one by one.
     """
 
     hidden_and_b: Callable[[Array, Array, Array], tuple[Array, Array]]
-    hidden_and_joined: Callable[[Array, Array], tuple[Array, Array]] | None
+    hidden_and_joined: Callable[[Array, Array], tuple[Array, Array]] | None = None
+    swiglu_backward: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None
 
 
-XLA = Kernels(xla_hidden_and_b, None)
-TRITON = Kernels(triton_hidden_and_b, triton_hidden_and_joined)
+XLA = Kernels(xla_hidden_and_b)
+TRITON = Kernels(triton_hidden_and_b, triton_hidden_and_joined, triton_swiglu_backward)
 
 
 @dataclass(frozen=True)
@@ -94,23 +102,49 @@ def _forward(options: Options, x: Rows, weights: Weights, adapters: Adapters, bi
 def _backward(options: Options, residuals, dys: Outputs):
     u, x, weights, adapters, biases = residuals
     dys, weights, adapters = _once_there(tuple(dys), x.dtype, weights, adapters)
-    dus, dbs = [], []
-    for dy, adapter, columns in zip(dys, adapters, _columns(adapters), strict=True):
-        if adapter is not None:
-            small = dy.shape[1] < MIN_OUT or not dy.shape[0]
-            kernels = XLA if small else options.kernels
-            du, db = kernels.hidden_and_b(dy, u[:, columns], _scaled_b(adapter, x.dtype))
-            dus.append(du)
-            dbs.append(adapter.scale * db)
-    das = _gradients_of_a(x, dus, _present(adapters))
-    gradients = iter(map(_as_gradient, _present(adapters), das, dbs))
+    dus, dbs = _gradients_of_b(options, dys, u, adapters)
     dx = _gradient_of_x(options, x, dys, dus, weights, adapters)
-    dadapters = tuple(None if adapter is None else next(gradients) for adapter in adapters)
-    dbiases = tuple(map(_gradient_of_bias, dys, biases)) if options.trainable_bias else None
-    return dx, None, dadapters, dbiases
+    return dx, None, _gradients_of_adapters(x, dus, dbs, adapters), _gradients_of_biases(options, dys, biases)
 
 
 apply.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def apply_gated(
+    options: Options, gate: Rows, up: Rows, weight: Weight, adapter: Adapter | None, bias: Array | None
+) -> Array:
+    """`apply` of one layer to x = silu(gate) * up, with gate and up as residuals in place of x."""
+    return _forward(options, swiglu(gate, up), (weight,), (adapter,), (bias,))[0][0]
+
+
+def _gated_forward(
+    options: Options, gate: Rows, up: Rows, weight: Weight, adapter: Adapter | None, bias: Array | None
+):
+    (y,), (u, *_) = _forward(options, swiglu(gate, up), (weight,), (adapter,), (bias,))
+    return y, (gate, up, u, weight, adapter, bias)
+
+
+def _gated_backward(options: Options, residuals, dy: Array):
+    gate, up, u, weight, *one = residuals
+    # gate and up too: otherwise their product is kept from the forward pass.
+    arrays, weights, adapters = _once_there((dy, gate, up), dy.dtype, (weight,), (one[0],))
+    dy, gate, up = jax.lax.optimization_barrier(arrays)
+    dus, dbs = _gradients_of_b(options, [dy], u, adapters)
+    dx = _gradient_of_x(options, gate, [dy], dus, weights, adapters)
+    if options.kernels.swiglu_backward is not None:
+        dgate, dup, x = options.kernels.swiglu_backward(dx, gate, up)
+        [dadapter] = _gradients_of_adapters(x, dus, dbs, adapters)
+    else:
+        [dadapter] = _gradients_of_adapters(swiglu(gate, up), dus, dbs, adapters)
+        # In this order: the product is gone before the gradients of gate and up are there.
+        dadapter, gate, up = jax.lax.optimization_barrier((dadapter, gate, up))
+        dgate, dup = jax.vjp(swiglu, gate, up)[1](dx)
+    dbiases = _gradients_of_biases(options, [dy], (one[1],))
+    return dgate, dup, None, dadapter, None if dbiases is None else dbiases[0]
+
+
+apply_gated.defvjp(_gated_forward, _gated_backward)
 
 
 def _hidden_and_outputs(
@@ -149,6 +183,29 @@ def _hidden_and_outputs(
     return u, ys
 
 
+def _gradients_of_b(
+    options: Options, dys: Outputs, u: Hidden, adapters: Adapters
+) -> tuple[list[Array], list[Array]]:
+    """What flows back into the hidden activations, and dB, of each adapter."""
+    dus, dbs = [], []
+    for dy, adapter, columns in zip(dys, adapters, _columns(adapters), strict=True):
+        if adapter is not None:
+            small = dy.shape[1] < MIN_OUT or not dy.shape[0]
+            kernels = XLA if small else options.kernels
+            du, db = kernels.hidden_and_b(dy, u[:, columns], _scaled_b(adapter, dy.dtype))
+            dus.append(du)
+            dbs.append(adapter.scale * db)
+    return dus, dbs
+
+
+def _gradients_of_adapters(
+    x: Rows, dus: Sequence[Array], dbs: Sequence[Array], adapters: Adapters
+) -> tuple[Adapter | None, ...]:
+    das = _gradients_of_a(x, dus, _present(adapters))
+    gradients = iter(map(_as_gradient, _present(adapters), das, dbs))
+    return tuple(None if adapter is None else next(gradients) for adapter in adapters)
+
+
 def _gradients_of_a(x: Rows, dus: Sequence[Array], present: Sequence[Adapter]) -> Sequence[Array]:
     """dA of each adapter, [R_i, in] float32."""
     if any(adapter.drops for adapter in present):
@@ -177,8 +234,11 @@ def _gradient_of_x(
     return dx
 
 
-def _gradient_of_bias(dy: Array, bias: Array | None) -> Array | None:
-    return None if bias is None else jnp.sum(dy, axis=0, dtype=jnp.float32).astype(bias.dtype)
+def _gradients_of_biases(options: Options, dys: Outputs, biases: Biases) -> Biases | None:
+    def gradient(dy: Array, bias: Array | None) -> Array | None:
+        return None if bias is None else jnp.sum(dy, axis=0, dtype=jnp.float32).astype(bias.dtype)
+
+    return tuple(map(gradient, dys, biases)) if options.trainable_bias else None
 
 
 def _as_gradient(adapter: Adapter, da: Array, db: Array) -> Adapter:

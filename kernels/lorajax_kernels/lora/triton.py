@@ -6,6 +6,9 @@ which XLA makes of small arrays. Those of dy B are rounded to dy's dtype: each i
 there are a few dozen, so that the sum is as exact as its own rounding.
 
 In the forward pass x is copied, for the product with [x, u], by the kernel that makes u of it.
+
+What flows back through SwiGLU is written over what it is made of: XLA makes its three results one by one,
+each in memory of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lorajax_kernels.device import AMPERE, Device
-from lorajax_kernels.triton_call import triton_call
+from lorajax_kernels.triton_call import passes_aliased_outputs, triton_call
 
 if TYPE_CHECKING:
     from lorajax_kernels.lora import Problem
@@ -139,3 +142,35 @@ def triton_hidden_and_joined(
         BLOCK_IN=tiling.columns,
         BLOCK_R=max(16, 1 << (rank - 1).bit_length()),
     )
+
+
+# Elements of one program of the element by element kernel, and its warps. Not tuned yet.
+ELEMENTS, ELEMENT_WARPS = 2048, 4
+
+
+def triton_swiglu_backward(
+    dh: Float[Array, "rows F"], gate: Float[Array, "rows F"], up: Float[Array, "rows F"]
+) -> tuple[Float[Array, "rows F"], Float[Array, "rows F"], Float[Array, "rows F"]]:
+    """Gradients of gate and up in h = silu(gate) * up, and h itself once more.
+
+    dup takes the memory of dh, dgate that of gate, and h that of up.
+    """
+    from lorajax_kernels.lora import triton_kernels
+
+    if not dh.size:
+        return dh, dh, dh
+    kernel = triton_kernels.swiglu_backward_kernel
+    if passes_aliased_outputs():
+        kernel = triton_kernels.swiglu_backward_kernel_for_0_3
+    dup, dgate, h = triton_call(
+        kernel,
+        *(dh, gate, up),
+        out_shape=(jax.ShapeDtypeStruct(dh.shape, dh.dtype),) * 3,
+        grid=(-(-dh.size // ELEMENTS),),
+        num_warps=ELEMENT_WARPS,
+        num_stages=1,
+        input_output_aliases={0: 0, 1: 1, 2: 2},
+        SIZE=dh.size,
+        BLOCK=ELEMENTS,
+    )
+    return dgate, dup, h
