@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from jaxtyping import Array, Float
+from lorajax_kernels.device import split_over
 
 from lorajax.data.cache import user_cache_folder
 from lorajax.sharding import replicated
@@ -97,7 +98,8 @@ def make_evaluation(run: RunShape, graph: Any) -> Callable[[Weights, Weights, Ba
     def evaluate(trainable: Weights, frozen: Weights, batch: Batch) -> Array:
         model = merge_weights(graph, trainable, frozen)
         rows = {name: array[0] for name, array in batch.items()}
-        return loss_sum(model, rows, mesh=run.mesh, max_segments=run.max_segments)
+        with split_over(run.mesh.size):
+            return loss_sum(model, rows, mesh=run.mesh, max_segments=run.max_segments)
 
     return evaluate
 

@@ -198,13 +198,15 @@ def loss_and_gradient(
         return jax.tree.map(jnp.add, sums, (loss, gradient)), None
 
     sums: tuple[Array, Weights]
-    if micro_batches == 1:
-        rows = {name: array[0] for name, array in batch.items()}
-        (_, loss), gradient = jax.value_and_grad(scaled_loss, has_aux=True)(trainable, rows, jnp.int32(0))
-        sums = (loss, gradient)
-    else:
-        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable))
-        sums, _ = jax.lax.scan(add, zeros, (batch, jnp.arange(micro_batches)))
+    # Around the backward pass too, which traces layers again.
+    with split_over(mesh.size):
+        if micro_batches == 1:
+            rows = {name: array[0] for name, array in batch.items()}
+            (_, loss), gradient = jax.value_and_grad(scaled_loss, has_aux=True)(trainable, rows, jnp.int32(0))
+            sums = (loss, gradient)
+        else:
+            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable))
+            sums, _ = jax.lax.scan(add, zeros, (batch, jnp.arange(micro_batches)))
     loss, gradient = sums
     return loss / targets, jax.tree.map(lambda leaf: leaf / (targets * loss_scale), gradient)
 
@@ -219,16 +221,18 @@ def loss_sum(
     dropout_key: Key[Array, ""] | None = None,
     train_head: bool = False,
 ) -> Float[Array, ""]:
-    """Sum of the cross-entropy over the target tokens of the rows, weighted."""
-    with split_over(mesh.size):
-        hidden = model.hidden_states(
-            rows["tokens"],
-            rows["segment_ids"],
-            rows["positions"],
-            max_segments=max_segments,
-            dropout_key=dropout_key,
-            checkpointing=checkpointing,
-        )
+    """Sum of the cross-entropy over the target tokens of the rows, weighted.
+
+    To be traced in split_over(mesh.size), and so is its backward pass.
+    """
+    hidden = model.hidden_states(
+        rows["tokens"],
+        rows["segment_ids"],
+        rows["positions"],
+        max_segments=max_segments,
+        dropout_key=dropout_key,
+        checkpointing=checkpointing,
+    )
     split, everywhere = PartitionSpec(DATA_AXIS), PartitionSpec()
 
     # Each device runs over its own tokens: chunks of a global list of tokens would have to travel.
@@ -241,9 +245,10 @@ def loss_sum(
     )
     def sum_per_device(hidden: Array, head: Array, targets: Array, weights: Array) -> Array:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        loss, _ = linear_cross_entropy(
-            flat, head, targets.reshape(-1), weights.reshape(-1), trainable_head=train_head
-        )
+        with split_over(1):
+            loss, _ = linear_cross_entropy(
+                flat, head, targets.reshape(-1), weights.reshape(-1), trainable_head=train_head
+            )
         return loss[None]
 
     return jnp.sum(sum_per_device(hidden, model.head_weight, rows["targets"], rows["weights"]))

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from lorajax_kernels import device
 
 from lorajax.config import TrainConfig
 from lorajax.lora.config import LoRAConfig
+from lorajax.models import decoder
 from lorajax.models.checkpoint import load
 from lorajax.sharding import data_mesh
+from lorajax.training import step as step_module
 from lorajax.training.optimizer import adamw
 from lorajax.training.step import LossScale, init_state, loss_and_gradient, make_train_step
 from lorajax.training.weights import merge_weights, split_weights
@@ -233,6 +236,31 @@ def test_the_inputs_of_all_layers_but_the_last_are_offloaded(lowered):
     there, back = [(memory, f"{ROWS}x{LENGTH}x32xf32") for memory in ("pinned_host", "device")]
     assert placements("offload") == [there] * 3 + [back] * 3
     assert placements("full") == []
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_kernels_are_chosen_for_a_program_that_is_split_over_devices(checkpointing, weights, monkeypatch):
+    """In the backward pass too, which traces layers again; each device has a loss of its own."""
+    seen = []
+
+    def spy(function):
+        def call(*arguments, **options):
+            seen.append((function.__name__, device._split_over.get()))
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(decoder, "attention", spy(decoder.attention))
+    monkeypatch.setattr(decoder, "lora_linears", spy(decoder.lora_linears))
+    monkeypatch.setattr(step_module, "linear_cross_entropy", spy(step_module.linear_cross_entropy))
+    graph, trainable, frozen = weights("lora")
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    jax.make_jaxpr(
+        lambda *arguments: loss_and_gradient(graph, *arguments, mesh=mesh, checkpointing=checkpointing)
+    )(trainable, frozen, cut(make_batch(), 1))
+    layers, passes = 2, 2 if checkpointing == "full" else 1
+    assert seen.count(("attention", 2)) == layers * passes
+    assert set(seen) == {("attention", 2), ("lora_linears", 2), ("linear_cross_entropy", 1)}
 
 
 # --- packing ---
