@@ -102,28 +102,24 @@ def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
     program = compile_step(run, graph, state, frozen, on_devices)
     compiled = time.perf_counter() - began
 
-    def seconds_a_step(steps: int) -> float:
+    def run_steps(steps: int) -> Any:
         nonlocal state
-        began = time.perf_counter()
         for _ in range(steps):
             state, metrics = program.step(state, frozen, on_devices)
-        jax.block_until_ready(metrics)
-        losses.append(float(metrics.loss))
-        return (time.perf_counter() - began) / steps
+        return jax.block_until_ready(metrics)
 
-    losses: list[float] = []
-    seconds_a_step(WARM_UP)
-    seconds = [seconds_a_step(STEPS) for _ in range(ROUNDS)]
+    metrics = run_steps(WARM_UP)
+    seconds = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        metrics = run_steps(STEPS)
+        seconds.append((time.perf_counter() - began) / STEPS)
     median = statistics.median(seconds)
     if profile:
         from kernel_times import kernel_times
 
-        def once() -> Any:
-            nonlocal state
-            state, metrics = program.step(state, frozen, on_devices)
-            return metrics
-
-        Path(profile).write_text(json.dumps(kernel_times(once), indent=1) + "\n", encoding="utf-8")
+        times = kernel_times(lambda: run_steps(1))
+        Path(profile).write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
     return {
         "model": name,
         "batch": int(batch),
@@ -139,7 +135,7 @@ def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
         "temporary_gib": round(program.memory.temporaries / 2**30, 2),
         "host_gib": round(program.memory.host / 2**30, 2),
         "compile_seconds": round(compiled, 1),
-        "loss": round(losses[-1], 4),
+        "loss": round(float(metrics.loss), 4),
         "device": jax.local_devices()[0].device_kind,
     }
 

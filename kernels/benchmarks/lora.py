@@ -88,7 +88,7 @@ def frozen(x: Any, weights: Any, adapters: Any, dys: Any) -> Any:
     """The products that there are without adapters."""
     del adapters
     ys = [product("ri,oi->ro", x, weight) for weight in weights]
-    return ys, sum_of_products(dys, weights, transposed=False, join=False)
+    return ys, sum_of_products(dys, weights, join=False)
 
 
 def arranged(**options: str) -> Callable[..., Any]:

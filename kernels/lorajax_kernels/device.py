@@ -43,6 +43,15 @@ class Device:
     no_mosaic: str | None = None
 
     @property
+    def why_no_triton(self) -> str | None:
+        """Why Triton kernels cannot run there, its age included; None if they can."""
+        if self.no_triton is not None:
+            return self.no_triton
+        if self.compute_capability is None or self.compute_capability < AMPERE:
+            return "it needs compute capability 8.0"
+        return None
+
+    @property
     def half_dtype(self) -> jnp.dtype:
         """The 16-bit type to compute in: float16 on GPUs older than Ampere, bfloat16 elsewhere."""
         is_old = self.compute_capability is not None and self.compute_capability < AMPERE
@@ -120,6 +129,10 @@ class Implementation(Generic[Problem]):
     why_not: Callable[[Problem, Device], str | None]
     function: Any
     splits: bool = True
+
+
+def anywhere(problem: Any, device: Device) -> None:
+    """`why_not` of an implementation that serves every problem on every device."""
 
 
 _split_over = contextvars.ContextVar("lorajax_kernels.split_over", default=1)

@@ -23,6 +23,7 @@ def triton_call(
     num_stages: int,
     compute_capability: int | None = None,
     input_output_aliases: dict[int, int] | None = None,
+    kernel_for_0_3: Any = None,
     **constants: Any,
 ) -> Any:
     """Run `kernel[grid](*operands, *outputs, **constants)`.
@@ -37,13 +38,17 @@ def triton_call(
         num_warps, num_stages: of the kernel's compilation.
         compute_capability: to compile for, as 90 for 9.0; None: that of the GPU at hand.
         input_output_aliases: from the place of an operand to that of the output that takes its memory. Such
-            outputs come last; see passes_aliased_outputs.
+            outputs come last, and `kernel` gets no pointer for them.
+        kernel_for_0_3: where outputs have aliases, the same kernel with a pointer for each of those too; see
+            passes_aliased_outputs.
         constants: the kernel's constexpr arguments.
 
     Returns:
         Arrays of the structure of out_shape.
     """
     library, spelling = _jax_triton()
+    if input_output_aliases and passes_aliased_outputs():
+        kernel = kernel_for_0_3
     return library.triton_call(
         *operands,
         kernel=kernel,
@@ -60,6 +65,11 @@ def triton_call(
 def passes_aliased_outputs() -> bool:
     """Whether kernels get a pointer for an output that takes an operand's memory: until jax-triton 0.4."""
     return _jax_triton()[1] == "out_shape"
+
+
+def block_for(size: int, least: int = 16) -> int:
+    """The smallest power of two that holds `size` elements; tl.dot needs 16 along each axis."""
+    return max(least, 1 << (size - 1).bit_length())
 
 
 @functools.cache

@@ -110,6 +110,10 @@ class Linear(nnx.Module):
         y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype), precision=precision)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
+    @property
+    def bias_array(self) -> Float[Array, " out"] | None:
+        return None if self.bias is None else self.bias[...]
+
     def adapter(self, dropout_key: PRNGKeyArray | None) -> Adapter | None:
         if self.lora_a is None or self.lora_b is None:
             return None
@@ -123,8 +127,8 @@ def project(
     adapters = [linear.adapter(key) for linear, key in zip(linears, dropout_keys, strict=True)]
     if all(adapter is None for adapter in adapters):
         return tuple(linear.plain(x) for linear in linears)
-    biases = [None if linear.bias is None else linear.bias[...] for linear in linears]
-    return lora_linears(x, [linear.weight[...] for linear in linears], adapters, biases=biases)
+    weights, biases = [linear.weight[...] for linear in linears], [linear.bias_array for linear in linears]
+    return lora_linears(x, weights, adapters, biases=biases)
 
 
 class RMSNorm(nnx.Module):
@@ -183,8 +187,7 @@ class MLP(nnx.Module):
         gate, up = project(x, (self.gate_proj, self.up_proj), (keys(4), keys(5)))  # [B, T, F]
         down, adapter = self.down_proj, self.down_proj.adapter(keys(6))
         if self.activation == "silu" and adapter is not None:
-            bias = None if down.bias is None else down.bias[...]
-            return swiglu_lora_linear(gate, up, down.weight[...], adapter, bias=bias)
+            return swiglu_lora_linear(gate, up, down.weight[...], adapter, bias=down.bias_array)
         return down(GATES[self.activation](gate, up), keys(6))
 
 

@@ -126,7 +126,7 @@ def prepare(config: Config) -> Inputs:
     mesh, data, train = data_mesh(), config.data, config.train
     path = resolve(config.model.path, weights=train.init == "pretrained")
     model = outline(path, dtype=config.model.dtype, attention=config.model.attention)
-    attention = _choose_attention(config, model)
+    attention = _choose_attention(config, model, mesh)
     tokenizer = load_tokenizer(config.model.tokenizer or path)
     if len(tokenizer) > model.options.vocab_size:
         raise UserError(
@@ -169,13 +169,13 @@ def prepare(config: Config) -> Inputs:
     )
 
 
-def _choose_attention(config: Config, model: Decoder) -> Choice:
+def _choose_attention(config: Config, model: Decoder, mesh: Mesh) -> Choice:
     options, rows, length = model.options, config.train.per_device_train_batch_size, config.data.max_length
     q = jax.ShapeDtypeStruct((rows, length, options.num_heads, options.head_dim), model.dtype)
     k = jax.ShapeDtypeStruct((rows, length, options.num_kv_heads, options.head_dim), model.dtype)
     segment_ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     try:
-        with split_over(data_mesh().size):
+        with split_over(mesh.size):
             return choose_attention(
                 q,
                 k,

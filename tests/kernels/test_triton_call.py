@@ -46,10 +46,13 @@ def test_each_release_gets_its_own_spelling(calls, release, spelling):
     received, _ = calls(release)
     options = {"grid": (3, 2), "num_warps": 4, "num_stages": 2, "compute_capability": 90}
     options["input_output_aliases"] = {0: 1}
-    result = module.triton_call("kernel", "x", 7, out_shape=OUT, BLOCK=64, **options)
+    result = module.triton_call(
+        "kernel", "x", 7, out_shape=OUT, BLOCK=64, kernel_for_0_3="older kernel", **options
+    )
     assert result == "result"
     assert module.passes_aliased_outputs() == (release == "0.3.1")
-    assert received == [(("x", 7), {"kernel": "kernel", spelling: OUT, "BLOCK": 64, **options})]
+    kernel = "older kernel" if release == "0.3.1" else "kernel"
+    assert received == [(("x", 7), {"kernel": kernel, spelling: OUT, "BLOCK": 64, **options})]
 
 
 def test_an_older_triton_gets_the_name_that_jax_triton_imports(calls):

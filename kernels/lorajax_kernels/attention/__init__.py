@@ -12,29 +12,26 @@ from lorajax_kernels.attention.problem import Problem
 from lorajax_kernels.attention.reference import reference_attention
 from lorajax_kernels.attention.xla import xla_attention
 from lorajax_kernels.checks import check_segments
-from lorajax_kernels.device import Choice, Device, Implementation, choose, function_of
+from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
 
 __all__ = ["attention", "attention_implementations", "cached_attention", "choose_attention"]
-
-
-def _anywhere(problem: Problem, device: Device) -> None:
-    """Serves every problem on every device."""
 
 
 # Fastest first, as measured on packed rows; see _fastest_first.
 _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
     Implementation("triton", triton.why_not, triton.triton_attention, splits=False),
     Implementation("cudnn", cudnn.why_not, cudnn.cudnn_attention),
-    Implementation("xla", _anywhere, xla_attention),
-    Implementation("reference", _anywhere, reference_attention),
+    Implementation("xla", anywhere, xla_attention),
+    Implementation("reference", anywhere, reference_attention),
 )
 
 
 def _fastest_first(problem: Problem) -> tuple[Implementation[Problem], ...]:
     """The order in which "auto" tries them.
 
-    Where rows hold one document and heads are large there are no blocks to skip, and cuDNN is ahead by 10 to
-    20%; with five documents, or heads of 64, it is behind (benchmarks/results/kernels-h200.json).
+    Where rows hold one document there are no blocks to skip, and with heads of 128 cuDNN takes 9 to 15% less
+    time. With five documents it is behind, with heads of 128 and of 64 (benchmarks/results/kernels-h200.json;
+    no record has one document with heads of another size).
     """
     one_document = problem.max_segments is not None and problem.max_segments <= 2  # and padding
     if one_document and problem.head_dim > 64:

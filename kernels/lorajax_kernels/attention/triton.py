@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from lorajax_kernels import segments
 from lorajax_kernels.attention.problem import Problem
-from lorajax_kernels.device import AMPERE, Device, current_device
-from lorajax_kernels.triton_call import triton_call
+from lorajax_kernels.device import Device, current_device
+from lorajax_kernels.triton_call import block_for, triton_call
 
 MAX_HEAD_DIM = 256
 
@@ -122,10 +122,8 @@ def kernel_blocks(compute_capability: tuple[int, int], head_dim: int) -> KernelB
 
 def why_not(problem: Problem, device: Device) -> str | None:
     """None if the kernels serve the problem on the device, otherwise the reason why not."""
-    if device.no_triton is not None:
-        return device.no_triton
-    if device.compute_capability is None or device.compute_capability < AMPERE:
-        return "it needs compute capability 8.0"
+    if device.why_no_triton is not None:
+        return device.why_no_triton
     if problem.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, not {problem.dtype}"
     if problem.head_dim % 8 or problem.head_dim > MAX_HEAD_DIM:
@@ -286,7 +284,7 @@ def _settings(plan: _Plan, blocks: Blocks, q: Queries, k: Keys) -> dict[str, Any
         "HEADS": heads,
         "KV_HEADS": k.shape[2],
         "HEAD_DIM": head_dim,
-        "BLOCK_H": max(16, 1 << (head_dim - 1).bit_length()),
+        "BLOCK_H": block_for(head_dim),
         "BLOCK_Q": blocks.queries,
         "BLOCK_K": blocks.keys,
         "SPLIT": blocks.split,

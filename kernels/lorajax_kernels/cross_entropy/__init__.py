@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from lorajax_kernels.checks import check_targets
 from lorajax_kernels.cross_entropy import triton
 from lorajax_kernels.cross_entropy.xla import capped, losses, xla_loss_and_gradient
-from lorajax_kernels.device import Choice, Device, Implementation, choose, function_of
+from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
 from lorajax_kernels.precision import einsum, product
 
 __all__ = ["choose_cross_entropy", "cross_entropy_implementations", "default_chunk", "linear_cross_entropy"]
@@ -32,14 +32,10 @@ class Problem:
     dtype: jnp.dtype
 
 
-def _anywhere(problem: Problem, device: Device) -> None:
-    """Serves every problem on every device."""
-
-
 # How the logits of a chunk become their loss and gradient. "auto" takes the first that can serve.
 _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
     Implementation("triton", triton.why_not, triton.triton_loss_and_gradient, splits=False),
-    Implementation("xla", _anywhere, xla_loss_and_gradient),
+    Implementation("xla", anywhere, xla_loss_and_gradient),
 )
 
 

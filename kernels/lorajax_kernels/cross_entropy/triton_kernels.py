@@ -24,34 +24,6 @@ def loss_and_gradient_kernel(
     BLOCK: tl.constexpr,
 ):
     """One row; grid (rows,). A row of weight 0 stays as it is."""
-    _one_row(logits_ptr, targets_ptr, weights_ptr, losses_ptr, VOCAB, SOFTCAP, BLOCK)
-
-
-@triton.jit
-def loss_and_gradient_kernel_for_0_3(
-    logits_ptr,
-    targets_ptr,
-    weights_ptr,
-    losses_ptr,
-    gradient_ptr,
-    VOCAB: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The same for releases of jax-triton that pass gradient_ptr, which is logits_ptr, too."""
-    _one_row(logits_ptr, targets_ptr, weights_ptr, losses_ptr, VOCAB, SOFTCAP, BLOCK)
-
-
-@triton.jit
-def _one_row(
-    logits_ptr,
-    targets_ptr,
-    weights_ptr,
-    losses_ptr,
-    VOCAB: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
     row = tl.program_id(0)
     weight = tl.load(weights_ptr + row)
     if weight == 0:
@@ -83,6 +55,21 @@ def _one_row(
                 gradient *= 1 - tanh * tanh
             gradient = gradient.to(logits_ptr.dtype.element_ty)
             tl.store(logits_ptr + column, gradient, mask=column < VOCAB)
+
+
+@triton.jit
+def loss_and_gradient_kernel_for_0_3(
+    logits_ptr,
+    targets_ptr,
+    weights_ptr,
+    losses_ptr,
+    gradient_ptr,
+    VOCAB: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The same for releases of jax-triton that pass gradient_ptr, which is logits_ptr, too."""
+    loss_and_gradient_kernel(logits_ptr, targets_ptr, weights_ptr, losses_ptr, VOCAB, SOFTCAP, BLOCK)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lorajax_kernels.device import Choice, Device, Implementation, choose, function_of
+from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
 from lorajax_kernels.lora import gradient, triton
 from lorajax_kernels.lora.operands import Adapter
 from lorajax_kernels.lora.products import ARRANGEMENTS
@@ -35,14 +35,10 @@ class Problem:
     rank: int
 
 
-def _anywhere(problem: Problem, device: Device) -> None:
-    """Serves every problem on every device."""
-
-
 # How the small products of adapters are made. "auto" takes the first that can serve.
 _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
     Implementation("triton", triton.why_not, gradient.TRITON, splits=False),
-    Implementation("xla", _anywhere, gradient.XLA),
+    Implementation("xla", anywhere, gradient.XLA),
 )
 
 
@@ -142,7 +138,7 @@ def lora_linears(
     weights, adapters = tuple(weights), tuple(adapters)
     biases = (None,) * len(weights) if biases is None else tuple(biases)
     _check(x, weights, adapters, biases, arrangement)
-    options = _options(x.dtype, adapters, arrangement, trainable_bias, implementation)
+    options = _options(x, adapters, arrangement, trainable_bias, implementation)
     ys = gradient.apply(options, x.reshape(-1, x.shape[-1]), weights, adapters, biases)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
 
@@ -178,22 +174,24 @@ def swiglu_lora_linear(
             f"got {up.dtype} of shape {up.shape}"
         )
     _check(gate, (weight,), (adapter,), (bias,), arrangement)
-    options = _options(gate.dtype, (adapter,), arrangement, trainable_bias, implementation)
+    options = _options(gate, (adapter,), arrangement, trainable_bias, implementation)
     flat = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
     y = gradient.apply_gated(options, *flat, weight, adapter, bias)
     return y.reshape(*gate.shape[:-1], y.shape[-1])
 
 
 def _options(
-    dtype: jnp.dtype,
+    x: Array,
     adapters: gradient.Adapters,
     arrangement: str,
     trainable_bias: bool,
     implementation: str,
 ) -> gradient.Options:
     rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
-    choice = choose_lora(dtype, rank, implementation=implementation)
-    return gradient.Options(arrangement, trainable_bias, function_of(_IMPLEMENTATIONS, choice.name))
+    choice = choose_lora(x.dtype, rank, implementation=implementation)
+    # No rows are no programs for a kernel.
+    kernels = function_of(_IMPLEMENTATIONS, choice.name) if x.size else gradient.XLA
+    return gradient.Options(arrangement, trainable_bias, kernels)
 
 
 def _check(

@@ -126,9 +126,9 @@ def _gated_forward(
 
 
 def _gated_backward(options: Options, residuals, dy: Array):
-    gate, up, u, weight, *one = residuals
+    gate, up, u, weight, adapter, bias = residuals
     # gate and up too: otherwise their product is kept from the forward pass.
-    arrays, weights, adapters = _once_there((dy, gate, up), dy.dtype, (weight,), (one[0],))
+    arrays, weights, adapters = _once_there((dy, gate, up), dy.dtype, (weight,), (adapter,))
     dy, gate, up = jax.lax.optimization_barrier(arrays)
     dus, dbs = _gradients_of_b(options, [dy], u, adapters)
     dx = _gradient_of_x(options, gate, [dy], dus, weights, adapters)
@@ -140,7 +140,7 @@ def _gated_backward(options: Options, residuals, dy: Array):
         # In this order: the product is gone before the gradients of gate and up are there.
         dadapter, gate, up = jax.lax.optimization_barrier((dadapter, gate, up))
         dgate, dup = jax.vjp(swiglu, gate, up)[1](dx)
-    dbiases = _gradients_of_biases(options, [dy], (one[1],))
+    dbiases = _gradients_of_biases(options, [dy], (bias,))
     return dgate, dup, None, dadapter, None if dbiases is None else dbiases[0]
 
 
@@ -155,7 +155,7 @@ def _hidden_and_outputs(
         weight.shape[0] for weight, adapter in zip(weights, adapters, strict=True) if adapter is not None
     )
     join = should_join(options.arrangement, terms=2, rows=x.shape[0], k=x.shape[1], out=adapted)
-    at_once = options.kernels.hidden_and_joined if join and present and x.shape[0] else None
+    at_once = options.kernels.hidden_and_joined if join and present else None
     joined = None
     if any(adapter.drops for adapter in present):
         parts = [product("ri,ki->rk", drop(x, adapter), _stacked_a(x, [adapter])) for adapter in present]
@@ -179,7 +179,8 @@ def _hidden_and_outputs(
         if joined is not None:
             ys.append(product("rk,ok->ro", joined, jnp.concatenate([w, s], axis=1)))
         else:
-            ys.append(sum_of_products((x, u), (w, s), transposed=True, join=False))
+            # In this order cuBLAS may add the first to the second, see sum_of_products.
+            ys.append(product("rk,ok->ro", x, w) + product("rk,ok->ro", u, s))
     return u, ys
 
 
@@ -190,8 +191,7 @@ def _gradients_of_b(
     dus, dbs = [], []
     for dy, adapter, columns in zip(dys, adapters, _columns(adapters), strict=True):
         if adapter is not None:
-            small = dy.shape[1] < MIN_OUT or not dy.shape[0]
-            kernels = XLA if small else options.kernels
+            kernels = XLA if dy.shape[1] < MIN_OUT else options.kernels
             du, db = kernels.hidden_and_b(dy, u[:, columns], _scaled_b(adapter, dy.dtype))
             dus.append(du)
             dbs.append(adapter.scale * db)
@@ -227,7 +227,7 @@ def _gradient_of_x(
         rights.append(_filled_up(_stacked_a(x, present), axis=0))
     k = sum(dy.shape[1] for dy in dys)
     join = should_join(options.arrangement, terms=len(lefts), rows=x.shape[0], k=k, out=x.shape[1])
-    dx = sum_of_products(lefts, rights, transposed=False, join=join)
+    dx = sum_of_products(lefts, rights, join=join)
     if drops:
         for du, adapter in zip(dus, present, strict=True):
             dx = dx + drop(product("rk,ki->ri", du, _stacked_a(x, [adapter])), adapter)

@@ -17,33 +17,29 @@ COPIED, ADDED = 1.0, 1.0
 
 def sum_of_products(
     lefts: Sequence[Float[Array, "rows k"]],
-    rights: Sequence[Float[Array, "out k"]] | Sequence[Float[Array, "k out"]],
+    rights: Sequence[Float[Array, "k out"]],
     *,
-    transposed: bool,
     join: bool,
 ) -> Float[Array, "rows out"]:
     """Sum of left @ right over the pairs; each has its own k.
 
     Args:
         lefts, rights: of one dtype, which is the result's.
-        transposed: the rights are [out, k], not [k, out].
         join: copy all pairs side by side and run one GEMM. Otherwise each pair has a GEMM, and the results
             are added: by XLA, in a pass of its own or in the fusion that takes the sum, or, in a program that
             is compiled with xla_gpu_triton_gemm_any=False, by cuBLAS within the GEMM (beta = 1).
     """
-    equation = "rk,ok->ro" if transposed else "rk,ko->ro"
     if join:
-        left, right = jnp.concatenate(lefts, axis=1), jnp.concatenate(rights, axis=int(transposed))
-        return product(equation, left, right)
-    total = product(equation, lefts[-1], rights[-1])
+        return product("rk,ko->ro", jnp.concatenate(lefts, axis=1), jnp.concatenate(rights, axis=0))
+    total = product("rk,ko->ro", lefts[-1], rights[-1])
     for left, right in zip(reversed(lefts[:-1]), reversed(rights[:-1]), strict=True):
         # In this order every sum can go into a GEMM: XLA gives cuBLAS the sum so far only as right operand.
-        total = product(equation, left, right) + total
+        total = product("rk,ko->ro", left, right) + total
     return total
 
 
 def should_join(arrangement: str, *, terms: int, rows: int, k: int, out: int) -> bool:
-    """Whether `sum_of_products` is to join its operands.
+    """Whether a sum of products is to join its operands.
 
     "auto" compares what is written and read again: both sides of the joined product, or the result of every
     product but one. Results that XLA adds in a pass of its own cost up to twice as much as that.

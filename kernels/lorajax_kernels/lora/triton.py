@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lorajax_kernels.device import AMPERE, Device
-from lorajax_kernels.triton_call import passes_aliased_outputs, triton_call
+from lorajax_kernels.device import Device
+from lorajax_kernels.triton_call import block_for, triton_call
 
 if TYPE_CHECKING:
     from lorajax_kernels.lora import Problem
@@ -69,10 +69,8 @@ JOIN_TILING = JoinTiling(rows=64, columns=128, num_warps=8, num_stages=3)
 
 def why_not(problem: Problem, device: Device) -> str | None:
     """None if the kernel can serve the problem there, otherwise the reason why not."""
-    if device.no_triton is not None:
-        return device.no_triton
-    if device.compute_capability is None or device.compute_capability < AMPERE:
-        return "it needs compute capability 8.0"
+    if device.why_no_triton is not None:
+        return device.why_no_triton
     if problem.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies bfloat16 and float16, not {problem.dtype}"
     if problem.rank > MAX_RANK:
@@ -92,9 +90,9 @@ def triton_hidden_and_b(
 
     tiling = tiling or TILING
     (rows, out), rank = dy.shape, b.shape[1]
-    block_r = max(16, 1 << (rank - 1).bit_length())
+    block_r = block_for(rank)
     # A program's share of dB, columns * block_r, is in registers.
-    columns = min(tiling.columns * 32 // max(block_r, 32), max(16, 1 << (out - 1).bit_length()))
+    columns = min(tiling.columns * 32 // max(block_r, 32), block_for(out))
     blocks, strips = -(-rows // tiling.rows), -(-out // columns)
     per_program = -(-blocks // max(1, tiling.programs // strips))
     pieces = -(-blocks // per_program)
@@ -140,7 +138,7 @@ def triton_hidden_and_joined(
         RANK=rank,
         BLOCK_ROWS=tiling.rows,
         BLOCK_IN=tiling.columns,
-        BLOCK_R=max(16, 1 << (rank - 1).bit_length()),
+        BLOCK_R=block_for(rank),
     )
 
 
@@ -157,19 +155,15 @@ def triton_swiglu_backward(
     """
     from lorajax_kernels.lora import triton_kernels
 
-    if not dh.size:
-        return dh, dh, dh
-    kernel = triton_kernels.swiglu_backward_kernel
-    if passes_aliased_outputs():
-        kernel = triton_kernels.swiglu_backward_kernel_for_0_3
     dup, dgate, h = triton_call(
-        kernel,
+        triton_kernels.swiglu_backward_kernel,
         *(dh, gate, up),
         out_shape=(jax.ShapeDtypeStruct(dh.shape, dh.dtype),) * 3,
         grid=(-(-dh.size // ELEMENTS),),
         num_warps=ELEMENT_WARPS,
         num_stages=1,
         input_output_aliases={0: 0, 1: 1, 2: 2},
+        kernel_for_0_3=triton_kernels.swiglu_backward_kernel_for_0_3,
         SIZE=dh.size,
         BLOCK=ELEMENTS,
     )

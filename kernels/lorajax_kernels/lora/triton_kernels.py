@@ -86,7 +86,19 @@ def hidden_and_joined_kernel(
 @triton.jit
 def swiglu_backward_kernel(dh_ptr, gate_ptr, up_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """dup over dh, dgate over gate and h over up, of BLOCK elements; grid (cdiv(SIZE, BLOCK),)."""
-    _swiglu_backward(dh_ptr, gate_ptr, up_ptr, SIZE, BLOCK)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < SIZE
+    dh = tl.load(dh_ptr + place, mask=mask, other=0).to(tl.float32)
+    gate = tl.load(gate_ptr + place, mask=mask, other=0).to(tl.float32)
+    up = tl.load(up_ptr + place, mask=mask, other=0).to(tl.float32)
+    dtype = dh_ptr.dtype.element_ty
+    sigmoid = 1 / (1 + tl.exp2(gate * -1.4426950408889634))
+    # Rounded, as in the forward pass.
+    silu = (gate * sigmoid).to(dtype).to(tl.float32)
+    dgate = dh * up * (sigmoid + gate * sigmoid * (1 - sigmoid))
+    tl.store(dh_ptr + place, (dh * silu).to(dtype), mask=mask)
+    tl.store(gate_ptr + place, dgate.to(dtype), mask=mask)
+    tl.store(up_ptr + place, (silu * up).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -101,21 +113,4 @@ def swiglu_backward_kernel_for_0_3(
     BLOCK: tl.constexpr,
 ):
     """The same for releases of jax-triton that pass the aliased outputs too."""
-    _swiglu_backward(dh_ptr, gate_ptr, up_ptr, SIZE, BLOCK)
-
-
-@triton.jit
-def _swiglu_backward(dh_ptr, gate_ptr, up_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < SIZE
-    dh = tl.load(dh_ptr + place, mask=mask, other=0).to(tl.float32)
-    gate = tl.load(gate_ptr + place, mask=mask, other=0).to(tl.float32)
-    up = tl.load(up_ptr + place, mask=mask, other=0).to(tl.float32)
-    dtype = dh_ptr.dtype.element_ty
-    sigmoid = 1 / (1 + tl.exp2(gate * -1.4426950408889634))
-    # Rounded, as in the forward pass.
-    silu = (gate * sigmoid).to(dtype).to(tl.float32)
-    dgate = dh * up * (sigmoid + gate * sigmoid * (1 - sigmoid))
-    tl.store(dh_ptr + place, (dh * silu).to(dtype), mask=mask)
-    tl.store(gate_ptr + place, dgate.to(dtype), mask=mask)
-    tl.store(up_ptr + place, (silu * up).to(dtype), mask=mask)
+    swiglu_backward_kernel(dh_ptr, gate_ptr, up_ptr, SIZE, BLOCK)

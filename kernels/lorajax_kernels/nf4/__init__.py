@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from lorajax_kernels.device import Choice, Device, Implementation, choose, function_of
+from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
 from lorajax_kernels.nf4 import triton
 from lorajax_kernels.nf4.reference import BLOCK, CODE, DYNAMIC_CODE, GROUP, reference_dequantize
 from lorajax_kernels.nf4.xla import xla_dequantize, xla_quantize
@@ -126,15 +126,11 @@ class Problem:
     dtype: jnp.dtype
 
 
-def _anywhere(problem: Problem, device: Device) -> None:
-    """Serves every problem on every device."""
-
-
 # "auto" takes the first that can serve: the fastest first, as measured.
 _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
     Implementation("triton", triton.why_not, triton.triton_dequantize),
-    Implementation("xla", _anywhere, xla_dequantize),
-    Implementation("reference", _anywhere, reference_dequantize),
+    Implementation("xla", anywhere, xla_dequantize),
+    Implementation("reference", anywhere, reference_dequantize),
 )
 
 

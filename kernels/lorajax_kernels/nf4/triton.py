@@ -45,8 +45,8 @@ TILINGS = {2: Tiling(words=512, num_warps=4), 4: Tiling(words=512, num_warps=4)}
 
 def why_not(problem: Problem, device: Device) -> str | None:
     """None if the kernel can serve the problem there, otherwise the reason why not."""
-    if device.no_triton is not None:
-        return device.no_triton
+    if device.why_no_triton is not None:
+        return device.why_no_triton
     if math.prod(problem.shape) % BLOCK:
         return f"it needs whole blocks of {BLOCK} elements, a weight of shape {problem.shape} ends within one"
     return None
