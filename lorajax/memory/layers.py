@@ -1,6 +1,7 @@
-"""The layer loop, and what of each layer is kept for the backward pass.
+"""The layer loop, and how each layer's activations are kept for the backward pass.
 
 Layers run one after the other, each with its own weights; nothing is stacked, so no weight is ever copied.
+What a layer keeps on the GPU, keeps in host memory or makes again is its policy (policy.py); the presets are
 
 | checkpointing | kept on the GPU per layer | kept on the host | recomputed in the backward pass |
 |---|---|---|---|
@@ -8,146 +9,322 @@ Layers run one after the other, each with its own weights; nothing is stacked, s
 | full    | the layer's input [B,T,D] | nothing        | the layer |
 | offload | nothing (last layer: its input) | the layer's input | the layer |
 
-`full` and `offload` are one custom_vjp around all layers. XLA schedules a program as a whole: left alone, it
-merges what the backward pass computes again with what the forward pass has computed, and copies to and from
-the host when it likes, for all layers early or each at the last moment. Optimization barriers tie both to the
-computation, one layer at a time:
+But for `none`, all layers are in one custom_vjp. A layer is traced once, together with what its backward pass
+reads, into a list of equations. The forward pass evaluates what the output and the kept activations need, the
+backward pass what is missing of what it reads, starting from the kept ones.
 
-    forward, layer i     x_i goes to the host while layer i runs, and layer i + 1 waits for the copy: then
-                         nothing needs x_i on the GPU, and its memory is free.
-    backward, layer i    x_(i-1) comes back while layer i is computed again and differentiated. It starts no
-                         earlier than that, and layer i - 1 does not start before it is there.
+XLA schedules a program as a whole: left alone, it merges what the backward pass computes again with what the
+forward pass has computed, and copies to and from the host when it likes, for all layers early or each at the
+last moment. Optimization barriers tie both to the computation, one layer at a time:
 
-So at most two inputs are on the GPU at a time, whatever the number of layers, and each copy has a layer to
-hide behind.
+    forward, layer i     its activations go to the host while it runs and the next ones do, and layer
+                         i + copy_span waits for the copies: then nothing needs them on the GPU, and their
+                         memory is free.
+    backward, layer i    those of layer i - copy_span come back while layer i is computed again and
+                         differentiated. They start no earlier than that, and layer i - copy_span does not
+                         start before they are there.
+
+So what is on the GPU of offloaded activations is that of copy_span + 1 layers at most, whatever the number of
+layers, and each copy has copy_span layers to hide behind.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Literal, Var
 from jaxtyping import Array, Float
 
-CHECKPOINTING = ("none", "full", "offload")
+from lorajax.memory.policy import Checkpointing, LayerPolicy, Policy
 
-# A layer as a function of the leaves of its module and of its input.
-Layer = Callable[[Sequence[Array], Array], Array]
+# (block, index of the layer, x) -> output.
+Layer = Callable[[Any, Any, Array], Array]
+# The arrays of a block.
+Leaves = Sequence[Array]
 
 
 def run_layers(
-    layer: Callable[[Any, int, Array], Array],
+    layer: Layer,
     blocks: Sequence[Any],
     x: Float[Array, "B T D"],
     *,
-    checkpointing: str,
+    checkpointing: Checkpointing,
 ) -> Float[Array, "B T D"]:
     """Apply `layer(block, index, x)` for each block in order.
 
     Args:
-        layer: a pure function of its arguments and of arrays that it closes over; those are constants.
+        layer: a pure function of its arguments and of arrays that it closes over; those are constants. The
+            index is an int where everything is kept, else an int32 scalar.
         blocks: one nnx module per layer.
         x: input of the first layer.
-        checkpointing: one of CHECKPOINTING; see the table above (rematerialisation: Chen et al., 2016).
+        checkpointing: what is kept, see the table above (rematerialisation: Chen et al., 2016).
+
+    Raises:
+        ValueError: as Policy.of.
     """
-    if checkpointing not in CHECKPOINTING:
-        raise ValueError(f"checkpointing={checkpointing!r} is not one of {', '.join(CHECKPOINTING)}")
-    if checkpointing == "none":
+    policy = Policy.of(checkpointing, len(blocks))
+    if policy.keeps_everything:
         for index, block in enumerate(blocks):
             x = layer(block, index, x)
         return x
-    layers, leaves = [], []
-    for index, block in enumerate(blocks):
-        function, flat = _as_function(layer, block, index)
-        layers.append(function)
-        leaves.append(flat)
-    return _rematerialised(layers, offload=checkpointing == "offload")(leaves, x)
+    split = [nnx.split(block) for block in blocks]
+    leaves = [jax.tree.flatten(state) for _, state in split]
+    kinds = [_Kind(graph, tree) for (graph, _), (_, tree) in zip(split, leaves, strict=True)]
+    return _with_policy(layer, kinds, policy)([own for own, _ in leaves], x)
 
 
-def _as_function(
-    layer: Callable[[Any, int, Array], Array], block: Any, index: int
-) -> tuple[Layer, list[Array]]:
-    graph, state = nnx.split(block)
-    leaves, tree = jax.tree.flatten(state)
+class _Kind(NamedTuple):
+    """The structure of a block without its arrays; layers of one kind are traced once."""
 
-    def run(leaves: Sequence[Array], x: Array) -> Array:
-        return layer(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), index, x)
+    graph: Any
+    tree: Any
 
-    return run, leaves
+    def merge(self, leaves: Leaves) -> Any:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, leaves))
 
 
-def _rematerialised(layers: Sequence[Layer], *, offload: bool) -> Callable[[Any, Array], Array]:
-    """(leaves of each layer, x) -> output of the last, with a backward pass that computes layers again."""
+def _with_policy(
+    layer: Layer, kinds: Sequence[_Kind], policy: Policy
+) -> Callable[[Sequence[Leaves], Array], Array]:
+    """(leaves of each layer, x) -> output of the last, with the backward pass that the policy describes."""
 
     @jax.custom_vjp
     def run(leaves: Any, x: Array) -> Array:
-        for layer, own in zip(layers, leaves, strict=True):
-            x = layer(own, x)
+        for index, (kind, own) in enumerate(zip(kinds, leaves, strict=True)):
+            x = layer(kind.merge(own), index, x)
         return x
 
     def forward(leaves: Any, x: Any) -> tuple[Array, Any]:
-        trained = _Trained(tuple(tuple(leaf.perturbed for leaf in own) for own in leaves))
-        leaves = [[leaf.value for leaf in own] for own in leaves]
-        x = x.value
-        inputs: list[Array] = []
-        for layer, own in zip(layers, leaves, strict=True):
+        trained = [tuple(leaf.perturbed for leaf in own) for own in leaves]
+        leaves, x = [[leaf.value for leaf in own] for own in leaves], x.value
+        traces = _trace_kinds(layer, kinds, leaves, x, trained)
+        kept: list[_Kept] = []
+        for index, (trace, own) in enumerate(zip(traces, leaves, strict=True)):
             # Together: otherwise what is made of the leaves alone is made for all layers before the first.
             x, own = jax.lax.optimization_barrier((x, own))
-            kept, x = x, layer(own, x)
-            # The last layer's input is needed again at once.
-            if offload and len(inputs) + 1 < len(layers):
-                kept = jax.device_put(kept, jax.memory.Space.Host)
-                kept, x = jax.lax.optimization_barrier((kept, x))
-            inputs.append(kept)
-        return x, (trained, leaves, inputs)
+            last = index + 1 == len(kinds)
+            y, values, on_host = trace.forward(own, index, x, policy.layers[index], may_offload=not last)
+            if any(on_host):
+                values = [
+                    jax.device_put(value, jax.memory.Space.Host) if away else value
+                    for value, away in zip(values, on_host, strict=True)
+                ]
+            kept.append(_Kept(values, on_host))
+            x = y
+            if index + 1 >= policy.copy_span:
+                x = kept[index + 1 - policy.copy_span].tied_to(x)
+        return x, (_Static((traces, [own.on_host for own in kept])), leaves, [own.values for own in kept])
 
     def backward(residuals: Any, dy: Any) -> tuple[Any, Array | None]:
-        trained, leaves, (*inputs, x) = residuals
+        static, leaves, values = residuals
+        traces, on_host = static.value
         if isinstance(dy, jax.custom_derivatives.SymbolicZero):
             return [[None] * len(own) for own in leaves], None
+        kept = [_Kept(*pair) for pair in zip(values, on_host, strict=True)]
         gradients = []
-        for layer, own, chosen in reversed(list(zip(layers, leaves, trained.leaves, strict=True))):
-            before = inputs.pop() if inputs else None
-            if offload and before is not None:
-                before, dy = jax.lax.optimization_barrier((before, dy))
-                before = jax.device_put(before, jax.memory.Space.Device)
+        # How far copies back have come: from this layer on they have been started.
+        started = len(kept)
+        for index in reversed(range(len(kept))):
+            while started > max(index - policy.copy_span, 0):
+                started -= 1
+                dy = kept[started].start_back(dy)
             # The leaves too: otherwise what is made of them alone is kept from the forward pass.
-            x, own, dy = jax.lax.optimization_barrier((x, own, dy))
-            gradient, dy = _gradients(layer, own, chosen, x, dy)
+            own, here, dy = jax.lax.optimization_barrier((leaves[index], kept[index].values, dy))
+            gradient, dy = traces[index].backward(own, index, here, policy.layers[index], dy)
             gradients.append(gradient)
-            if offload and before is not None:
-                before, dy = jax.lax.optimization_barrier((before, dy))
-            x = before
+            if index:
+                dy = kept[index - 1].tied_to(dy)
         return gradients[::-1], dy
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run
 
 
+@dataclass
+class _Kept:
+    """The kept activations of a layer, and which of them go to the host."""
+
+    values: list[Array]
+    on_host: Sequence[bool]
+
+    @property
+    def travelling(self) -> list[Array]:
+        return [value for value, away in zip(self.values, self.on_host, strict=True) if away]
+
+    def _replace_travelling(self, new: Iterable[Array]) -> None:
+        coming = iter(new)
+        self.values = [
+            next(coming) if away else value for value, away in zip(self.values, self.on_host, strict=True)
+        ]
+
+    def tied_to(self, x: Array) -> Array:
+        """x, which waits until the copies have arrived."""
+        if not any(self.on_host):
+            return x
+        arrived, x = jax.lax.optimization_barrier((self.travelling, x))
+        self._replace_travelling(arrived)
+        return x
+
+    def start_back(self, dy: Array) -> Array:
+        """Fetch what is on the host, once dy is there; gives dy."""
+        if not any(self.on_host):
+            return dy
+        away, dy = jax.lax.optimization_barrier((self.travelling, dy))
+        self._replace_travelling(jax.device_put(value, jax.memory.Space.Device) for value in away)
+        return dy
+
+
 @jax.tree_util.register_static
+@dataclass(frozen=True, eq=False)
+class _Static:
+    """What goes from the forward to the backward pass beside arrays."""
+
+    value: Any
+
+
+def _trace_kinds(
+    layer: Layer,
+    kinds: Sequence[_Kind],
+    leaves: Sequence[Leaves],
+    x: Array,
+    trained: Sequence[tuple[bool, ...]],
+) -> list[_Trace]:
+    """A trace for each layer; those that differ in nothing but values share one."""
+    known: dict[Any, _Trace] = {}
+    traces = []
+    for kind, own, chosen in zip(kinds, leaves, trained, strict=True):
+        key = kind, chosen, tuple((leaf.shape, leaf.dtype) for leaf in own)
+        if key not in known:
+            known[key] = _Trace.of(layer, kind, own, x, chosen)
+        traces.append(known[key])
+    return traces
+
+
 @dataclass(frozen=True)
-class _Trained:
-    """For each leaf of each layer, whether it is differentiated."""
+class _Trace:
+    """A layer and what its backward pass reads, as equations: (leaves, index, x) -> (output, residuals).
 
-    leaves: tuple[tuple[bool, ...], ...]
+    Attributes:
+        equations: in the order in which they run.
+        constants: values of variables that the layer closes over.
+        inputs: variables of leaves, index and x.
+        output: the layer's.
+        residuals: what the backward pass reads, all but arrays of the weights among them computed.
+        pullback: tree of the function from the output's cotangent to those of the trained leaves and of x,
+            its leaves being the residuals.
+        trained: for each leaf, whether it is differentiated.
+    """
+
+    equations: Sequence[Any]
+    constants: Mapping[Var, Any]
+    inputs: Sequence[Var]
+    output: Any
+    residuals: Sequence[Any]
+    pullback: Any
+    trained: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, layer: Layer, kind: _Kind, own: Leaves, x: Array, trained: tuple[bool, ...]) -> _Trace:
+        places = [place for place, is_trained in enumerate(trained) if is_trained]
+        pullback = None
+
+        def forward(own: Leaves, index: Array, x: Array) -> tuple[Array, list[Array]]:
+            def run(chosen: Leaves, x: Array) -> Array:
+                leaves = list(own)
+                for place, leaf in zip(places, chosen, strict=True):
+                    leaves[place] = leaf
+                return layer(kind.merge(leaves), index, x)
+
+            nonlocal pullback
+            y, function = jax.vjp(run, [own[place] for place in places], x)
+            residuals, pullback = jax.tree.flatten(function)
+            return y, residuals
+
+        jaxpr = jax.make_jaxpr(forward)(own, jnp.int32(0), x)
+        output, *residuals = jaxpr.jaxpr.outvars
+        return cls(
+            equations=jaxpr.jaxpr.eqns,
+            constants=dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)),
+            inputs=jaxpr.jaxpr.invars,
+            output=output,
+            residuals=residuals,
+            pullback=pullback,
+            trained=trained,
+        )
+
+    def forward(
+        self, own: Leaves, index: int, x: Array, policy: LayerPolicy, *, may_offload: bool
+    ) -> tuple[Array, list[Array], list[bool]]:
+        """The output, the kept activations, and for each of these whether it is to go to the host."""
+        kept = self._kept(policy)
+        y, *values = _evaluate(self.equations, self._known(own, index, x), [self.output, *kept])
+        if policy.everything or "block_input" in policy.saved | policy.offloaded:
+            kept, values = [None, *kept], [x, *values]
+        away = [may_offload and self._name(variable) in policy.offloaded for variable in kept]
+        return y, values, away
+
+    def backward(
+        self, own: Leaves, index: int, kept: Sequence[Array], policy: LayerPolicy, dy: Array
+    ) -> tuple[list[Array | None], Array]:
+        """Cotangents of the leaves, None for those that are not trained, and of x; `kept` as from forward."""
+        x, *values = kept
+        known = self._known(own, index, x) | dict(zip(self._kept(policy), values, strict=True))
+        pullback = jax.tree.unflatten(self.pullback, _evaluate(self.equations, known, self.residuals))
+        chosen, dx = pullback(dy)
+        coming = iter(chosen)
+        return [next(coming) if is_trained else None for is_trained in self.trained], dx
+
+    def _known(self, own: Leaves, index: int, x: Array) -> dict[Var, Any]:
+        values = (*own, jnp.int32(index), x)
+        return dict(self.constants) | dict(zip(self.inputs, values, strict=True))
+
+    def _kept(self, policy: LayerPolicy) -> list[Var]:
+        """Variables of the activations that the policy keeps, without the block's input."""
+        if policy.everything:
+            given = {*self.inputs, *self.constants}
+            computed = [r for r in self.residuals if not isinstance(r, Literal) and r not in given]
+            return list(dict.fromkeys(computed))
+        names = policy.saved | policy.offloaded
+        return [eqn.outvars[0] for eqn in self.equations if _named(eqn) in names]
+
+    def _name(self, variable: Var | None) -> str | None:
+        if variable is None:
+            return "block_input"
+        return next((_named(eqn) for eqn in self.equations if variable is eqn.outvars[0]), None)
 
 
-def _gradients(
-    layer: Layer, leaves: Sequence[Array], trained: Sequence[bool], x: Array, dy: Array
-) -> tuple[list[Array | None], Array]:
-    """Cotangents of a layer's leaves, None for those that are not trained, and of its input."""
-    places = [place for place, is_trained in enumerate(trained) if is_trained]
+def _named(equation: Any) -> str | None:
+    """The name that an equation gives (jax.ad_checkpoint.checkpoint_name), if that is what it does."""
+    return equation.params["name"] if equation.primitive.name == "name" else None
 
-    def run(chosen: Sequence[Array], x: Array) -> Array:
-        own = list(leaves)
-        for place, leaf in zip(places, chosen, strict=True):
-            own[place] = leaf
-        return layer(own, x)
 
-    _, vjp = jax.vjp(run, [leaves[place] for place in places], x)
-    chosen, dx = vjp(dy)
-    gradients: list[Array | None] = [None] * len(leaves)
-    for place, gradient in zip(places, chosen, strict=True):
-        gradients[place] = gradient
-    return gradients, dx
+def _evaluate(equations: Sequence[Any], known: Mapping[Var, Any], wanted: Sequence[Any]) -> list[Any]:
+    """Values of variables, made from known ones by the equations that they need."""
+    values = dict(known)
+    needed, steps = set(), []
+
+    def need(atoms: Iterable[Any]) -> None:
+        needed.update(atom for atom in atoms if not isinstance(atom, Literal) and atom not in values)
+
+    need(wanted)
+    for equation in reversed(equations):
+        if not needed.isdisjoint(equation.outvars):
+            steps.append(equation)
+            need(equation.invars)
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for equation in reversed(steps):
+        parameters = equation.primitive.get_bind_params(equation.params)
+        with equation.ctx.manager:
+            results = equation.primitive.bind(*map(read, equation.invars), **parameters)
+        results = results if equation.primitive.multiple_results else [results]
+        for variable, result in zip(equation.outvars, results, strict=True):
+            values.setdefault(variable, result)
+    return [read(atom) for atom in wanted]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from lorajax_kernels import (
     Adapter,
@@ -22,6 +23,7 @@ from lorajax_kernels import (
 
 from lorajax.lora.config import LoRAConfig
 from lorajax.memory.layers import run_layers
+from lorajax.memory.policy import Checkpointing
 from lorajax.models.rope import RopeOptions, Rotation, rope_angles
 
 # hidden_act of config.json -> (gate [*rows, F], up [*rows, F]) -> [*rows, F].
@@ -169,7 +171,8 @@ class Attention(nnx.Module):
         batch, length, _ = x.shape
         projected = project(x, (self.q_proj, self.k_proj, self.v_proj), (keys(0), keys(1), keys(2)))
         q, k, v = (y.reshape(batch, length, -1, self.head_dim) for y in projected)
-        mixed = attend(rope(q, *rotation), rope(k, *rotation), v)
+        q, k = checkpoint_name(rope(q, *rotation), "query"), checkpoint_name(rope(k, *rotation), "key")
+        mixed = attend(q, k, checkpoint_name(v, "value"))
         return self.o_proj(mixed.reshape(batch, length, self.heads * self.head_dim), keys(3))
 
 
@@ -185,6 +188,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], keys: "DropoutKeys") -> Float[Array, "B T D"]:
         gate, up = project(x, (self.gate_proj, self.up_proj), (keys(4), keys(5)))  # [B, T, F]
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         down, adapter = self.down_proj, self.down_proj.adapter(keys(6))
         if self.activation == "silu" and adapter is not None:
             return swiglu_lora_linear(gate, up, down.weight[...], adapter, bias=down.bias_array)
@@ -192,7 +196,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer."""
+    """One pre-norm decoder layer. Its activations have the names of lorajax.memory.policy."""
 
     def __init__(self, options: DecoderOptions, dtype: jnp.dtype):
         self.attention_norm = RMSNorm(options.hidden_size, options.norm_epsilon, dtype)
@@ -209,6 +213,7 @@ class Block(nnx.Module):
     ) -> Float[Array, "B T D"]:
         keys = DropoutKeys(dropout_key)
         x = x + self.attention(self.attention_norm(x), rotation, attend, keys)
+        x = checkpoint_name(x, "block_middle")
         return x + self.mlp(self.mlp_norm(x), keys)
 
 
@@ -290,7 +295,7 @@ class Decoder(nnx.Module):
         *,
         max_segments: int | None = None,
         dropout_key: PRNGKeyArray | None = None,
-        checkpointing: str = "none",
+        checkpointing: Checkpointing = "none",
     ) -> Float[Array, "B T D"]:
         """Activations after the final norm, in the model's dtype.
 
@@ -302,7 +307,7 @@ class Decoder(nnx.Module):
                 segment.
             max_segments: most segments on a row, padding included; some attention kernels need a bound.
             dropout_key: key of the adapters' dropout; None switches it off.
-            checkpointing: what the backward pass recomputes or fetches (lorajax.memory.layers).
+            checkpointing: what the layers keep for the backward pass (lorajax.memory.policy).
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -324,7 +329,7 @@ class Decoder(nnx.Module):
         attend: Attend,
         *,
         dropout_key: PRNGKeyArray | None = None,
-        checkpointing: str = "none",
+        checkpointing: Checkpointing = "none",
     ) -> Float[Array, "B T D"]:
         """`hidden_states`, with what rotates and what mixes the tokens handed in.
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped, UInt32
 from lorajax_kernels import linear_cross_entropy
 from lorajax_kernels.device import split_over
 
+from lorajax.memory.policy import Checkpointing
 from lorajax.models.decoder import Decoder
 from lorajax.sharding import DATA_AXIS
 from lorajax.training.weights import Weights, merge_weights
@@ -111,7 +112,7 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     mesh: Mesh,
-    checkpointing: str,
+    checkpointing: Checkpointing,
     max_segments: int | None = None,
     dropout: bool,
     train_head: bool,
@@ -121,7 +122,7 @@ def make_train_step(
 
     Args:
         graph: of split_weights.
-        checkpointing: as in lorajax.memory.layers.
+        checkpointing: as in lorajax.memory.policy.
         max_segments: as in Decoder.hidden_states.
         dropout: apply the adapters' dropout.
         train_head: the head's weight is among the trainable ones.
@@ -166,7 +167,7 @@ def loss_and_gradient(
     batch: Batch,
     *,
     mesh: Mesh,
-    checkpointing: str,
+    checkpointing: Checkpointing,
     max_segments: int | None = None,
     dropout_key: Key[Array, ""] | None = None,
     train_head: bool = False,
@@ -216,7 +217,7 @@ def loss_sum(
     rows: Rows,
     *,
     mesh: Mesh,
-    checkpointing: str = "none",
+    checkpointing: Checkpointing = "none",
     max_segments: int | None = None,
     dropout_key: Key[Array, ""] | None = None,
     train_head: bool = False,

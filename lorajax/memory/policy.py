@@ -1,0 +1,147 @@
+"""What each layer keeps for the backward pass: the activations that have a name, and policies over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# The activations of a layer that may be saved, recomputed or offloaded, in the order in which they are made.
+# D: hidden size, N and K: query and key heads, H: their size, F: intermediate size, R: LoRA rank. What has no
+# name (normalised inputs, the product of gate and up) is an elementwise pass away from what has one, and is
+# made again unless the layer keeps everything.
+ACTIVATIONS: dict[str, str] = {
+    "block_input": "[B, T, D], what the layer reads; saved or offloaded, never recomputed",
+    "query": "[B, T, N, H], rotated, as attention reads it",
+    "key": "[B, T, K, H], rotated",
+    "value": "[B, T, K, H]",
+    "attention_output": "[B, T, N, H]",
+    "attention_lse": "[B, N, T] float32, log-sum-exp of the scores; of use with attention_output",
+    "block_middle": "[B, T, D], between attention and MLP",
+    "gate": "[B, T, F]",
+    "up": "[B, T, F]",
+    "lora_hidden": "[B, T, R] for each projection with an adapter, x A^T",
+}
+
+Action = Literal["save", "offload", "recompute"]
+ACTIONS: tuple[Action, ...] = ("save", "offload", "recompute")
+
+# `none` keeps everything, named or not.
+PRESETS = ("none", "full", "offload")
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """What one layer keeps.
+
+    Attributes:
+        saved: names of the activations kept on the GPU.
+        offloaded: of those kept in host memory.
+        everything: keep all that the backward pass reads, named or not, on the GPU.
+    """
+
+    saved: frozenset[str] = frozenset()
+    offloaded: frozenset[str] = frozenset()
+    everything: bool = False
+
+    @classmethod
+    def of(cls, actions: Mapping[str, str]) -> LayerPolicy:
+        """From {name: action}; names that are left out are recomputed, the block's input is saved.
+
+        Raises:
+            ValueError: a name or an action is unknown, or the block's input is to be recomputed.
+        """
+        for name, action in actions.items():
+            if name not in ACTIVATIONS:
+                raise ValueError(f"{name!r} is no activation of a layer; known: {', '.join(ACTIVATIONS)}")
+            if action not in ACTIONS:
+                raise ValueError(f"{name}: {action!r} is not one of {', '.join(ACTIONS)}")
+        actions = {"block_input": "save", **actions}
+        if actions["block_input"] == "recompute":
+            raise ValueError("block_input: it cannot be recomputed, all else is made from it")
+        chosen = {
+            action: frozenset(name for name in actions if actions[name] == action) for action in ACTIONS
+        }
+        return cls(saved=chosen["save"], offloaded=chosen["offload"])
+
+    @property
+    def actions(self) -> dict[str, str] | str:
+        """What `of` takes, in the order of ACTIVATIONS; "none" for everything."""
+        if self.everything:
+            return "none"
+        where = {name: "save" for name in self.saved} | {name: "offload" for name in self.offloaded}
+        return {name: where[name] for name in ACTIVATIONS if name in where}
+
+
+EVERYTHING = LayerPolicy(everything=True)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What all layers keep.
+
+    Attributes:
+        layers: one a layer, from the first.
+        copy_span: number of layers that a copy to or from the host may take; while it runs, its activation is
+            in the GPU's memory too.
+    """
+
+    layers: tuple[LayerPolicy, ...]
+    copy_span: int = 1
+
+    def __post_init__(self) -> None:
+        if self.copy_span < 1:
+            raise ValueError(f"copy_span must be at least 1, not {self.copy_span}")
+
+    @classmethod
+    def of(cls, checkpointing: Checkpointing, num_layers: int) -> Policy:
+        """The same for all layers, from a preset or {name: action}; a Policy stays as it is.
+
+        Raises:
+            ValueError: the preset, a name or an action is unknown, or a Policy has another number of layers.
+        """
+        if isinstance(checkpointing, Policy):
+            if len(checkpointing.layers) != num_layers:
+                raise ValueError(f"a policy of {len(checkpointing.layers)} layers for {num_layers}")
+            return checkpointing
+        if isinstance(checkpointing, str):
+            if checkpointing not in PRESETS:
+                raise ValueError(f"checkpointing={checkpointing!r} is not one of {', '.join(PRESETS)}")
+            if checkpointing == "none":
+                return cls((EVERYTHING,) * num_layers)
+            action = "save" if checkpointing == "full" else "offload"
+            return cls((LayerPolicy.of({"block_input": action}),) * num_layers)
+        return cls((LayerPolicy.of(checkpointing),) * num_layers)
+
+    @property
+    def keeps_everything(self) -> bool:
+        return all(layer.everything for layer in self.layers)
+
+    @property
+    def offloads(self) -> bool:
+        return any(layer.offloaded for layer in self.layers)
+
+    def as_plain(self) -> dict[str, Any]:
+        """As JSON takes it: runs of equal layers, each with their number."""
+        runs: list[list[Any]] = []
+        for layer in self.layers:
+            if runs and runs[-1][1] == layer.actions:
+                runs[-1][0] += 1
+            else:
+                runs.append([1, layer.actions])
+        return {"layers": runs, "copy_span": self.copy_span}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Policy:
+        """What as_plain gave."""
+        runs: Sequence[tuple[int, Any]] = plain["layers"]
+        layers = [
+            EVERYTHING if actions == "none" else LayerPolicy.of(actions)
+            for number, actions in runs
+            for _ in range(number)
+        ]
+        return cls(tuple(layers), plain["copy_span"])
+
+
+# A preset, {name: action} for every layer, or a policy for each.
+Checkpointing = str | Mapping[str, str] | Policy

@@ -1,0 +1,159 @@
+"""The layer loop: every policy gives the gradients of keeping everything, and keeps what it says."""
+
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from lorajax.memory.layers import run_layers
+from lorajax.memory.policy import EVERYTHING, LayerPolicy, Policy
+
+LAYERS, BATCH, LENGTH, WIDTH, INNER = 5, 2, 3, 4, 6
+FLOAT32 = jax.lax.Precision.HIGHEST
+
+
+class Gated(nnx.Module):
+    """x + (tanh(x W_gate) * (x W_up)) W_down, with a frozen W_up and names for its activations."""
+
+    def __init__(self, index: int, *, scaled: bool):
+        keys = jax.random.split(jax.random.key(index), 3)
+        self.gate = nnx.Param(0.3 * jax.random.normal(keys[0], (WIDTH, INNER)))
+        self.up = nnx.Variable(0.3 * jax.random.normal(keys[1], (WIDTH, INNER)))
+        self.down = nnx.Param(0.3 * jax.random.normal(keys[2], (INNER, WIDTH)))
+        self.scale = 0.5 if scaled else 1.0  # makes another kind of layer
+
+    def __call__(self, x, closed_over):
+        gate = checkpoint_name(jnp.matmul(x, self.gate[...], precision=FLOAT32), "gate")
+        up = checkpoint_name(jnp.matmul(x * closed_over, self.up[...], precision=FLOAT32), "up")
+        middle = checkpoint_name(jnp.tanh(gate) * up * self.scale, "block_middle")
+        return x + jnp.matmul(middle, self.down[...], precision=FLOAT32)
+
+
+def blocks():
+    return [Gated(index, scaled=index == 2) for index in range(LAYERS)]
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    x = jax.random.normal(jax.random.key(7), (BATCH, LENGTH, WIDTH))
+    graph, trained, frozen = nnx.split(nnx.List(blocks()), nnx.Param, ...)
+    return graph, trained, frozen, x
+
+
+def program(graph, checkpointing):
+    """(trained, frozen, x) -> gradients of the trained leaves and of x."""
+
+    def loss(trained, frozen, x):
+        factor = 1 + jnp.mean(jax.tree.leaves(frozen)[0]) ** 2  # closed over by the layers
+
+        def layer(block, index, x):
+            return block(x, factor) * (1 + 0.1 * index)
+
+        return jnp.sum(
+            jnp.sin(run_layers(layer, nnx.merge(graph, trained, frozen), x, checkpointing=checkpointing))
+        )
+
+    return jax.grad(loss, argnums=(0, 2))
+
+
+NAMED = LayerPolicy.of({"block_input": "offload", "gate": "save", "block_middle": "offload"})
+POLICIES = {
+    "full": "full",
+    "offload": "offload",
+    "save gate": {"gate": "save"},
+    "offload gate and up": {"gate": "offload", "up": "offload"},
+    "a name that no layer has": {"query": "save", "block_input": "offload"},
+    "all kinds": Policy((LayerPolicy.of({"up": "save"}), NAMED, EVERYTHING, NAMED, EVERYTHING)),
+    "copies over two layers": Policy((NAMED,) * LAYERS, copy_span=2),
+    "copies over more layers than there are": Policy((NAMED,) * LAYERS, copy_span=9),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_gives_the_gradients_of_keeping_everything(name, arrays):
+    graph, *values = arrays
+    expected = jax.jit(program(graph, "none"))(*values)
+    found = jax.jit(program(graph, POLICIES[name]))(*values)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()))
+
+
+def test_the_loop_can_be_scanned_over(arrays):
+    """As accumulation does it: what a layer closes over belongs to the loop's body."""
+    graph, trained, frozen, x = arrays
+    xs = jnp.stack([x, 2 * x])
+
+    def gradients(checkpointing):
+        step = program(graph, checkpointing)
+        return jax.jit(lambda: jax.lax.scan(lambda _, x: (None, step(trained, frozen, x)), None, xs)[1])()
+
+    for a, b in zip(*(jax.tree.leaves(gradients(name)) for name in ("offload", "none")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()))
+
+
+def lowered(arrays, checkpointing):
+    """The program for a GPU, as text, not compiled."""
+    graph, *values = arrays
+    return jax.jit(program(graph, checkpointing)).trace(*values).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def transfers(text):
+    """(where to, shape) -> number."""
+    found = re.findall(
+        r'@annotate_device_placement.*_xla_buffer_placement = "(\w+)".*-> tensor<(\w+)xf32>', text
+    )
+    return Counter(found)
+
+
+def test_the_last_layer_is_never_offloaded(arrays):
+    wide, narrow = f"{BATCH}x{LENGTH}x{INNER}", f"{BATCH}x{LENGTH}x{WIDTH}"
+    found = transfers(lowered(arrays, {"block_input": "offload", "gate": "offload", "up": "save"}))
+    assert found == {
+        (where, shape): LAYERS - 1 for where in ("pinned_host", "device") for shape in (wide, narrow)
+    }
+    assert transfers(lowered(arrays, {"gate": "save"})) == {}
+
+
+@pytest.mark.parametrize(
+    "checkpointing, again",
+    [
+        ("full", 2),  # gate and up; nothing needs the product with W_down
+        ({"gate": "save"}, 1),
+        ({"gate": "offload", "up": "save"}, 0),
+        (Policy((EVERYTHING,) * (LAYERS - 1) + (LayerPolicy.of({}),)), 2 / LAYERS),
+    ],
+)
+def test_what_is_kept_is_not_computed_again(checkpointing, again, arrays):
+    """Products of the backward pass: three for the inputs, two for the trained weights."""
+    assert lowered(arrays, checkpointing).count("dot_general") == LAYERS * (3 + 3 + 2 + again)
+
+
+def test_layers_of_one_kind_are_traced_once(arrays):
+    graph, *values = arrays
+    calls = []
+
+    def loss(trained, frozen, x):
+        def layer(block, index, x):
+            calls.append(block.scale)
+            return block(x, 1.0)
+
+        return jnp.sum(run_layers(layer, nnx.merge(graph, trained, frozen), x, checkpointing="full"))
+
+    jax.make_jaxpr(jax.grad(loss))(*values)
+    assert sorted(calls) == [0.5, 1.0]
+
+
+def test_without_gradients_layers_run_as_they_are(arrays):
+    graph, trained, frozen, x = arrays
+    model = nnx.merge(graph, trained, frozen)
+    run = [
+        run_layers(lambda block, index, x: block(x, 1.0), model, x, checkpointing=name)
+        for name in ("none", "offload")
+    ]
+    np.testing.assert_array_equal(*run)
