@@ -3,10 +3,12 @@
     python benchmarks/train_step.py 1b,8,2048,none,xla 1b,8,2048,none,cudnn --out result.json
 
 Each argument is MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION; MODEL is 1b or 8b (Llama 3.2 1B and Llama 3.1 8B
-with a tied head) or tiny. LoRA of rank 32 on all projections, bfloat16 (float32 on a CPU), AdamW, random
-tokens, every one a target; --segments puts that many equal documents on a row. The program is that of
-lorajax.train. Each case runs in a process of its own, so that its peak memory is its own. Steps are queued as
-in a run, STEPS at a time; the median is of ROUNDS such runs. The kernels that a step is made of:
+with a tied head) or tiny. BATCH is a number of rows, or 4x2: four micro-batches of two rows. CHECKPOINTING is
+a preset, or what is done with activations: gate=save+block_input=offload (the rest is recomputed). LoRA of
+rank 32 on all projections, bfloat16 (float32 on a CPU), AdamW, random tokens, every one a target; --segments
+puts that many equal documents on a row. The program is that of lorajax.train. Each case runs in a process of
+its own, so that its peak memory is its own. Steps are queued as in a run, STEPS at a time; the median is of
+ROUNDS such runs. The kernels that a step is made of:
 
     export XLA_FLAGS=--xla_gpu_enable_command_buffer=
     python benchmarks/train_step.py CASE --here --profile kernels.json
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -68,13 +71,17 @@ def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
     from lorajax.training.weights import split_weights
 
     name, batch, length, checkpointing, attention = case.split(",")
+    micro_batches, rows_each = batch.split("x") if "x" in batch else ("1", batch)
+    if "=" in checkpointing:
+        checkpointing = json.dumps(dict(pair.split("=") for pair in checkpointing.split("+")))
     settings = {
         "model.dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
         "model.attention": attention,
         "data.path": "random.jsonl",
         "data.max_length": length,
         "data.max_segments": str(segments),
-        "train.per_device_train_batch_size": batch,
+        "train.per_device_train_batch_size": rows_each,
+        "train.gradient_accumulation_steps": micro_batches,
         "memory.checkpointing": checkpointing,
         "output.output_dir": "unused",
     }
@@ -83,7 +90,10 @@ def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
         config = load_config(None, [f"--{k}={v}" for k, v in (settings | {"model.path": folder}).items()])
         model = initialise(folder, dtype=config.model.dtype, attention=attention, seed=0)
     add_lora(model, config.lora, seed=0)
-    vocab, shape = model.options.vocab_size, (1, int(batch) * jax.device_count(), int(length))
+    vocab, shape = (
+        model.options.vocab_size,
+        (int(micro_batches), int(rows_each) * jax.device_count(), int(length)),
+    )
     run = RunShape(config=config, mesh=data_mesh(), total_steps=1000)
     graph, trainable, frozen = split_weights(model, "lora")
     del model
@@ -122,14 +132,15 @@ def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
         Path(profile).write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
     return {
         "model": name,
-        "batch": int(batch),
+        "batch": int(rows_each),
+        "micro_batches": int(micro_batches),
         "length": int(length),
         "segments": segments,
         "checkpointing": checkpointing,
         "attention": attention,
         "ms": round(1e3 * median, 2),
         "slowest_ms": round(1e3 * max(seconds), 2),
-        "tokens_per_second": round(shape[1] * shape[2] / median),
+        "tokens_per_second": round(math.prod(shape) / median),
         "peak_gib": round(peak_memory_bytes() / 2**30, 2),
         "planned_gib": round(program.memory.total / 2**30, 2),
         "temporary_gib": round(program.memory.temporaries / 2**30, 2),

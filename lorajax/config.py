@@ -25,6 +25,7 @@ import yaml
 
 from lorajax.errors import UserError
 from lorajax.lora.config import LoRAConfig
+from lorajax.memory.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,14 @@ class TrainConfig:
 class MemoryConfig:
     """How device memory is traded for time."""
 
-    checkpointing: Literal["none", "full", "offload"] = "full"
-    """Activations of each layer: kept (none), recomputed (full), or recomputed from inputs kept in host
-    memory (offload)."""
+    checkpointing: str | dict[str, str] = "auto"
+    """What layers keep for the backward pass: auto (chosen for the memory that there is), none (everything
+    is kept), full (only each layer's input), offload (those in host memory), or by the name of an
+    activation: save, offload or recompute."""
+    budget: str | None = None
+    """Most GPU memory for weights, state and activations, such as 24GiB; null: what is free."""
+    host_budget: str | None = None
+    """Most host memory for activations, such as 64GiB; null: half of what is free."""
 
 
 @dataclass(frozen=True)
@@ -337,6 +343,7 @@ def _problems(config: Config) -> Iterator[str]:
     model, data, train, output = config.model, config.data, config.train, config.output
     if model.quantization is not None:
         yield f"model.quantization is {model.quantization!r}, which is not supported; set it to null"
+    yield from _memory_problems(config.memory)
     if train.max_steps != -1 and train.max_steps < 1:
         yield f"train.max_steps must be at least 1, or -1 to train by epochs, not {train.max_steps}"
     if train.max_steps == -1 and train.num_train_epochs < 1:
@@ -353,6 +360,45 @@ def _problems(config: Config) -> Iterator[str]:
         yield "train.eval_steps is set, but not data.eval_path or data.eval_fraction; set one of them"
     if output.overwrite_output_dir and train.resume_from_checkpoint == "auto":
         yield "output.overwrite_output_dir deletes what train.resume_from_checkpoint needs; keep one"
+
+
+def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
+    for key in ("budget", "host_budget"):
+        if (text := getattr(memory, key)) is not None:
+            try:
+                parse_size(text)
+            except ValueError as error:
+                yield f"memory.{key} {error}"
+    if memory.checkpointing != "auto":
+        try:
+            Policy.of(memory.checkpointing, 1)
+        except ValueError as error:
+            yield (
+                f"memory.checkpointing: {error}, or auto"
+                if isinstance(memory.checkpointing, str)
+                else f"memory.checkpointing: {error}"
+            )
+
+
+_SIZE_UNITS = {unit: 1024**power for power, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))} | {
+    unit: 1000**power for power, unit in enumerate(("KB", "MB", "GB", "TB"), start=1)
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 24GiB, 512 MiB or 8e9 B.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]+)\s*", text)
+    units = {unit.lower(): size for unit, size in _SIZE_UNITS.items()}
+    try:
+        if found is None or found[2].lower() not in units or not float(found[1]) > 0:
+            raise ValueError
+        return int(float(found[1]) * units[found[2].lower()])
+    except (ValueError, OverflowError):
+        raise ValueError(f"must be a size such as 24GiB, not {text!r}") from None
 
 
 def as_plain(config: Config) -> dict[str, dict[str, Any]]:

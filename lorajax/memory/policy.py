@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 # The activations of a layer that may be saved, recomputed or offloaded, in the order in which they are made.
 # D: hidden size, N and K: query and key heads, H: their size, F: intermediate size, R: LoRA rank. What has no
@@ -145,3 +145,15 @@ class Policy:
 
 # A preset, {name: action} for every layer, or a policy for each.
 Checkpointing = str | Mapping[str, str] | Policy
+
+
+class Layout(NamedTuple):
+    """How a step goes over its rows.
+
+    Attributes:
+        rows: of a micro-batch on one device.
+        checkpointing: what layers keep.
+    """
+
+    rows: int
+    checkpointing: Checkpointing

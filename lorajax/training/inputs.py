@@ -26,6 +26,7 @@ from lorajax.data import (
     packing_stats,
 )
 from lorajax.errors import UserError
+from lorajax.memory.policy import Layout
 from lorajax.models.checkpoint import outline, resolve
 from lorajax.models.decoder import Decoder
 from lorajax.sharding import data_mesh, rows
@@ -48,19 +49,38 @@ class RunShape:
         config: the run's.
         mesh: the devices.
         total_steps: optimizer steps of the whole run.
+        planned: how a step goes over its rows; None: as the config says, which must not be "auto" then.
     """
 
     config: Config
     mesh: Mesh
     total_steps: int
+    planned: Layout | None = None
+
+    @property
+    def layout(self) -> Layout:
+        if self.planned is not None:
+            return self.planned
+        return Layout(self.config.train.per_device_train_batch_size, self.config.memory.checkpointing)
+
+    @property
+    def rows_per_device(self) -> int:
+        """Of a step."""
+        train = self.config.train
+        return train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+    @property
+    def micro_batches(self) -> int:
+        return self.rows_per_device // self.layout.rows
 
     @property
     def rows_per_micro_batch(self) -> int:
-        return self.config.train.per_device_train_batch_size * self.mesh.size
+        """On all devices."""
+        return self.layout.rows * self.mesh.size
 
     @property
     def rows_per_step(self) -> int:
-        return self.rows_per_micro_batch * self.config.train.gradient_accumulation_steps
+        return self.rows_per_device * self.mesh.size
 
     @property
     def max_segments(self) -> int:
@@ -206,7 +226,7 @@ class TrainingBatch(NamedTuple):
 
 def training_batches(inputs: Inputs, position: dict[str, Any] | None) -> Generator[TrainingBatch, None, None]:
     """Batches from the beginning, or from a position on; close it when done."""
-    shape = (inputs.config.train.gradient_accumulation_steps, inputs.rows_per_micro_batch)
+    shape = (inputs.micro_batches, inputs.rows_per_micro_batch)
     iterator = iter(_batches(inputs, inputs.documents.train, shape, _epochs(inputs.config), shuffle=True))
     try:
         if position is not None:
