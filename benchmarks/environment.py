@@ -27,6 +27,18 @@ def environment(*packages: str, commit: str | None = None) -> dict[str, Any]:
     }
 
 
+def shown_settings(config: Any) -> dict[str, Any]:
+    """A lorajax.Config as plain values, without `output`, and files and folders by their names alone."""
+    from lorajax.config import as_plain
+
+    settings = as_plain(config)
+    for section, key in (("model", "path"), ("model", "tokenizer"), ("data", "path"), ("data", "eval_path")):
+        if settings[section][key]:
+            settings[section][key] = Path(settings[section][key]).name
+    del settings["output"]
+    return settings
+
+
 def _commit() -> str | None:
     command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
     folder = Path(__file__).parent

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from environment import environment
+from environment import environment, shown_settings
 
-from lorajax.config import as_plain, load_config
+from lorajax.config import load_config
 from lorajax.training.fit import Result, fit
 
 
@@ -64,18 +64,13 @@ def main() -> None:
     result = fit(config)
     seconds = time.perf_counter() - began
     device = jax.local_devices()[0]
-    settings = as_plain(config)
-    for section, key in (("model", "path"), ("model", "tokenizer"), ("data", "path"), ("data", "eval_path")):
-        if settings[section][key]:
-            settings[section][key] = Path(settings[section][key]).name
-    del settings["output"]
     packages = ("lorajax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
     record = {
         "benchmark": "finetune",
         "config": Path(arguments.config).name,
         **environment(*packages, commit=arguments.commit),
         "device": f"{jax.device_count()} x {device.device_kind}",
-        "settings": settings,
+        "settings": shown_settings(config),
         "summary": summary(result, seconds),
         "loss": curve(result.metrics, "loss", arguments.curve_every),
         "held_out_loss": curve(result.metrics, "eval_loss", 1),

@@ -1,7 +1,7 @@
 """All benchmarks of kernels/benchmarks in one process, recorded.
 
     python benchmarks/kernels.py --out benchmarks/results/kernels-h200.json
-    python benchmarks/kernels.py --show benchmarks/results/kernels-h200.json  # the table of kernels/README.md
+    python benchmarks/kernels.py --show benchmarks/results/kernels-h200.json  # for kernels/README.md
 
 Peers that are not installed, or fail, are listed with the reason. --tiny: small sizes, to see that it works.
 """
@@ -51,7 +51,9 @@ def main() -> None:
     if arguments.show:
         from results import markdown
 
-        print(markdown(json.loads(Path(arguments.show).read_text(encoding="utf-8"))))
+        record = json.loads(Path(arguments.show).read_text(encoding="utf-8"))
+        print(markdown(record))
+        print(_text(record["ceilings"]))
         return
     # Before JAX starts: peers of other frameworks need memory of the same GPU.
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.5")
@@ -76,7 +78,11 @@ def main() -> None:
         record = about | {"rows": [as_json(row, rows) for row in rows]}
         Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(table(rows))
-    print(f"ceilings: {ceilings.bytes_per_second / 1e12:.2f} TB/s, {ceilings.flops / 1e12:.0f} TFLOP/s")
+    print(_text(asdict(ceilings)))
+
+
+def _text(ceilings: dict[str, Any]) -> str:
+    return f"ceilings: {ceilings['bytes_per_second'] / 1e12:.2f} TB/s, {ceilings['flops'] / 1e12:.0f} TFLOP/s"
 
 
 if __name__ == "__main__":

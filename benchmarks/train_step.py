@@ -19,16 +19,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from environment import environment
+from processes import last_json
 
 SHAPES: dict[str, dict[str, int]] = {
     "1b": dict(
@@ -152,12 +151,8 @@ def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
 
 
 def in_process_of_its_own(case: str, segments: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, case, "--segments", str(segments), "--here"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    errors = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return {"case": case, "segments": segments, "error": errors[-1][:300] if errors else done.stderr[-300:]}
+    row = last_json(__file__, [case, "--segments", str(segments), "--here"])
+    return {"case": case, "segments": segments, **row} if "error" in row else row
 
 
 def lines_of_json(command: str) -> list[dict[str, Any]]:

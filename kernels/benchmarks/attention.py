@@ -3,10 +3,15 @@
     python kernels/benchmarks/attention.py [--tiny]
 
 Random data. The work counts visible pairs only: 4 H operations a pair and head forward, 10 H backward.
+
+Two questions have rows of their own. What could a forward kernel of Mosaic GPU gain? "attention_mgpu" is
+JAX's, for Hopper, with block_q x block_kv x max_concurrent_steps: float16 alone, no segments, and no backward
+pass of a causal mask. And what does cuDNN hold for a bound on the segments of a row? Compiled, not run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -18,7 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from lorajax_kernels import attention, attention_implementations
-from results import Ceilings, Row, TorchResult, Work, measure_case, run_alone
+from lorajax_kernels.device import current_device
+from results import (
+    Ceilings,
+    Row,
+    TorchResult,
+    Work,
+    measure_case,
+    reason,
+    run_alone,
+    temporary_memory,
+)
 
 
 @dataclass(frozen=True)
@@ -35,21 +50,33 @@ class Case:
     def length(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def shape(self) -> str:
+        return f"B{self.batch} T{self.length} N{self.heads} K{self.kv_heads} H{self.head_dim}"
+
     def __str__(self) -> str:
-        shape = f"B{self.batch} T{self.length} N{self.heads} K{self.kv_heads} H{self.head_dim}"
-        return f"{shape}, {len(self.lengths)} segments" if len(self.lengths) > 1 else f"{shape}, 1 segment"
+        count = len(self.lengths)
+        return f"{self.shape}, {count} segment{'s' if count > 1 else ''}"
+
+    @property
+    def forward_flops(self) -> float:
+        pairs = sum(length * (length + 1) / 2 for length in self.lengths)
+        return 4 * self.head_dim * self.heads * self.batch * pairs
 
     @property
     def flops(self) -> float:
-        pairs = sum(length * (length + 1) / 2 for length in self.lengths)
-        return 14 * self.head_dim * self.heads * self.batch * pairs
+        return 3.5 * self.forward_flops
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of q, k, v and the cotangent of the output."""
+        heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        return [(self.batch, self.length, n, self.head_dim) for n in heads]
 
     def arrays(self, dtype: str) -> tuple[jax.Array, ...]:
         """q, k, v and the cotangent of the output."""
         random = np.random.default_rng(0)
-        heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
-        shapes = [(self.batch, self.length, n, self.head_dim) for n in heads]
-        return tuple(jnp.asarray(random.standard_normal(shape, np.float32), dtype) for shape in shapes)
+        return tuple(jnp.asarray(random.standard_normal(shape, np.float32), dtype) for shape in self.shapes)
 
     def segment_ids(self) -> jax.Array:
         row = np.repeat(np.arange(1, len(self.lengths) + 1), self.lengths)
@@ -60,17 +87,39 @@ CASES = (
     Case(4, (768,) * 5, 32, 8, 128),
     Case(4, (768,) * 5, 32, 8, 64),
     Case(4, (3840,), 32, 8, 128),
+    Case(4, (3840,), 32, 8, 64),
     Case(2, (8192,), 32, 8, 128),
     Case(2, (128,) * 64, 32, 8, 128),
 )
 TINY = (Case(2, (24, 40), 4, 2, 16),)
 
+FORWARD_CASE, FORWARD_TINY = Case(4, (3840,), 32, 8, 128), Case(1, (64,), 4, 2, 16)
+# What fits the 227 KiB of shared memory at heads of 128.
+MOSAIC_BLOCKS = ((64, 64, 4), (64, 128, 2), (128, 64, 2), (128, 64, 4), (128, 128, 2))
+
+# Compiled for one bound after the other, and once with as many key heads as query heads.
+MEMORY_CASE, MEMORY_TINY = Case(4, (3840,), 32, 8, 128), Case(1, (64,), 4, 2, 16)
+SEGMENT_BOUNDS = (2, 5, 8, 16)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled function with its arguments."""
+
+    compiled: Any
+    arguments: tuple[jax.Array, ...]
+
+    def __call__(self) -> Any:
+        return self.compiled(*self.arguments)
+
 
 def benchmark(ceilings: Ceilings, tiny: bool) -> list[Row]:
+    rounds = 3 if tiny else 9
     rows: list[Row] = []
     for case in TINY if tiny else CASES:
-        rows += _measure(case, ceilings, rounds=3 if tiny else 9)
-    return rows
+        rows += _measure(case, ceilings, rounds)
+    rows += _measure_forward(FORWARD_TINY if tiny else FORWARD_CASE, ceilings, rounds)
+    return rows + _memory_of_cudnn(MEMORY_TINY if tiny else MEMORY_CASE, ceilings.half)
 
 
 def _measure(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
@@ -79,26 +128,108 @@ def _measure(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
 
     def ours(name: str) -> Callable[[], Any]:
         attend = functools.partial(attention, max_segments=len(case.lengths), implementation=name)
-        return _compiled(lambda q, k, v: attend(q, k, v, segment_ids), q, k, v, dout)
+        return _both_passes(lambda q, k, v: attend(q, k, v, segment_ids), q, k, v, dout)
 
     # The dense reference holds all scores.
     names = [name for name in attention_implementations() if name != "reference"]
     makers = {name: functools.partial(ours, name) for name in names}
     makers |= {name: functools.partial(peer, case, q, k, v, dout) for name, peer in PEERS.items()}
-    return measure_case(
-        "attention", str(case), Work(case.flops, "flops"), ceilings, makers, ours=tuple(names), rounds=rounds
-    )
+    return _timed(str(case), Work(case.flops, "flops"), ceilings, makers, ours=tuple(names), rounds=rounds)
 
 
-def _compiled(attend: Callable[..., Any], q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
-    """Forward and backward as one compiled function of no arguments."""
+def _measure_forward(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
+    """The forward pass alone; triton and attention_mgpu write the log-sum-exp of each row too."""
+    q, k, v, _ = case.arrays(ceilings.half)
+    segment_ids = case.segment_ids()
 
-    @jax.jit
+    def ours(name: str) -> Program:
+        attend = functools.partial(attention, max_segments=1, implementation=name)
+        return _program(lambda q, k, v: attend(q, k, v, segment_ids), q, k, v)
+
+    expected = ours("xla")()
+    names = ("triton", "cudnn", "xla")
+    makers = {name: functools.partial(ours, name) for name in names}
+    for blocks in MOSAIC_BLOCKS:
+        name = f"attention_mgpu {'x'.join(map(str, blocks))}"
+        makers[name] = functools.partial(_mosaic, blocks, q, k, v, expected)
+    work = Work(case.forward_flops, "flops")
+    return _timed(f"{case}, forward only", work, ceilings, makers, ours=names, rounds=rounds)
+
+
+def _timed(
+    case: str,
+    work: Work,
+    ceilings: Ceilings,
+    makers: dict[str, Callable[[], Any]],
+    *,
+    ours: tuple[str, ...],
+    rounds: int,
+) -> list[Row]:
+    """measure_case, with the temporary memory of what XLA compiles as a note."""
+    notes: dict[str, str] = {}
+
+    def noted(name: str) -> Any:
+        call = makers[name]()
+        if isinstance(call, Program):
+            notes[name] = temporary_memory(call.compiled)
+        return call
+
+    noting = {name: functools.partial(noted, name) for name in makers}
+    return measure_case("attention", case, work, ceilings, noting, ours=ours, rounds=rounds, notes=notes)
+
+
+def _memory_of_cudnn(case: Case, dtype: str) -> list[Row]:
+    """What cuDNN holds in both passes, by the bound on the segments of a row."""
+    ungrouped = dataclasses.replace(case, kv_heads=case.heads)
+    segment_ids = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32)
+    rows = []
+    for each, bound in (*((case, bound) for bound in SEGMENT_BOUNDS), (ungrouped, SEGMENT_BOUNDS[1])):
+        attend = functools.partial(attention, max_segments=bound, implementation="cudnn")
+
+        def both(q, k, v, dout, segment_ids, attend=attend):
+            out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, segment_ids), q, k, v)
+            return out, vjp(dout)
+
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in each.shapes]
+        try:
+            compiled = jax.jit(both).lower(*arrays, segment_ids).compile()
+            size = compiled.memory_analysis().temp_size_in_bytes / (bound * math.prod(each.shapes[0]))
+            note = f"{temporary_memory(compiled)}: {size:.2f} bytes for each element of q and segment"
+        except Exception as error:  # cuDNN is absent, or refuses
+            note = reason(error)
+        rows.append(Row("attention", f"{each.shape}, max_segments {bound}", "cudnn", True, None, note=note))
+    return rows
+
+
+def _program(function: Callable[..., Any], *arguments: jax.Array) -> Program:
+    return Program(jax.jit(function).lower(*arguments).compile(), arguments)
+
+
+def _both_passes(attend: Callable[..., Any], q: Any, k: Any, v: Any, dout: Any) -> Program:
     def forward_and_backward(q, k, v, dout):
         out, vjp = jax.vjp(attend, q, k, v)
         return out, vjp(dout)
 
-    return lambda: forward_and_backward(q, k, v, dout)
+    return _program(forward_and_backward, q, k, v, dout)
+
+
+def _mosaic(blocks: tuple[int, int, int], q: Any, k: Any, v: Any, expected: Any) -> Program:
+    """JAX's kernel for Hopper on rows of one document, once its output is known to be right."""
+    if no_mosaic := current_device().no_mosaic:
+        raise ValueError(no_mosaic)
+    from jax.experimental.pallas.ops.gpu.attention_mgpu import TuningConfig
+    from jax.experimental.pallas.ops.gpu.attention_mgpu import attention as attend
+
+    config = TuningConfig(*blocks, causal=True)
+    q = q / math.sqrt(q.shape[-1])  # it does not scale the scores
+    q, k, v = (x.astype(jnp.float16) for x in (q, k, v))
+    program = _program(lambda q, k, v: attend(q, k, v, config, save_residuals=True), q, k, v)
+    out, _ = program()
+    a, b = out.astype(jnp.float32), expected.astype(jnp.float32)
+    error = float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+    if not error < 2e-2:
+        raise AssertionError(f"the output is {error:.1e} off")
+    return program
 
 
 def _pallas(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
@@ -112,7 +243,7 @@ def _pallas(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
         k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
         return mha(q, k, v, segment_ids, sm_scale=1 / math.sqrt(case.head_dim), causal=True)
 
-    return _compiled(attend, q, k, v, dout)
+    return _both_passes(attend, q, k, v, dout)
 
 
 def _flash3(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
@@ -128,7 +259,7 @@ def _flash3(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
         out = flash_mha_varlen(*flat, starts, max_seqlen_q=longest, max_seqlen_k=longest, is_causal=True)
         return out.reshape(q.shape)
 
-    return _compiled(attend, q, k, v, dout)
+    return _both_passes(attend, q, k, v, dout)
 
 
 def _tokamax(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
@@ -138,7 +269,7 @@ def _tokamax(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]
 
     k_start, _ = segments.bounds(case.segment_ids())
     mask = Mask(k_start=k_start[:, None], is_causal=True)
-    return _compiled(lambda q, k, v: tokamax.dot_product_attention(q, k, v, mask=mask), q, k, v, dout)
+    return _both_passes(lambda q, k, v: tokamax.dot_product_attention(q, k, v, mask=mask), q, k, v, dout)
 
 
 def _torch(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:

@@ -11,10 +11,13 @@ that alone costs at the speed of a copy is noted beside "frozen".
 the formula as it stands, with the gradients that JAX makes of it. ", cuBLAS" marks programs that are compiled
 with CUBLAS: products that XLA would fuse with nothing are cuBLAS' then, and it adds to sums of products as it
 goes. Otherwise XLA tunes each product for itself, and a sum is a pass of its own.
+
+"mlp" is gate and up and, after them, swiglu_lora_linear; "frozen" the same without adapters.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +25,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lorajax_kernels.lora import ARRANGEMENTS, Adapter, choose_lora, lora_implementations, lora_linears
+from lorajax_kernels.elementwise import swiglu
+from lorajax_kernels.lora import (
+    ARRANGEMENTS,
+    Adapter,
+    choose_lora,
+    lora_implementations,
+    lora_linears,
+    swiglu_lora_linear,
+)
 from lorajax_kernels.lora.products import sum_of_products
 from lorajax_kernels.precision import product
-from results import Ceilings, Row, Work, measure_case, run_alone
+from results import Ceilings, Row, Work, measure_case, run_alone, temporary_memory
 
 CUBLAS = {"xla_gpu_triton_gemm_any": False}
 SCALE = 0.5
@@ -82,6 +93,8 @@ CASES = (
     Case("q, k, v", 16384, 2048, (2048, 512, 512)),
 )
 TINY = (Case("tiny", 64, 48, (96, 32), rank=4),)
+# Gate and up of an MLP; a third layer goes back to the features.
+MLP, MLP_TINY = Case("mlp", 16384, 2048, (8192, 8192)), Case("mlp", 64, 48, (96, 96), rank=4)
 
 
 def frozen(x: Any, weights: Any, adapters: Any, dys: Any) -> Any:
@@ -103,16 +116,41 @@ def arranged(**options: str) -> Callable[..., Any]:
 
 
 def autodiff(x: Any, weights: Any, adapters: Any, dys: Any) -> Any:
-    def forward(x: Any, adapters: Any) -> Any:
-        ys = []
-        for weight, adapter in zip(weights, adapters, strict=True):
-            u = product("ri,ki->rk", x, adapter.a.astype(x.dtype))
-            v = product("rk,ok->ro", u, adapter.b.astype(x.dtype))
-            ys.append(product("ri,oi->ro", x, weight) + adapter.scale * v)
-        return tuple(ys)
-
-    ys, vjp = jax.vjp(forward, x, adapters)
+    ys, vjp = jax.vjp(
+        lambda x, adapters: tuple(map(as_written, [x] * len(weights), weights, adapters)), x, adapters
+    )
     return ys, *vjp(dys)
+
+
+def as_written(x: Any, weight: Any, adapter: Adapter) -> Any:
+    """One layer with its adapter, as the formula says."""
+    u = product("ri,ki->rk", x, adapter.a.astype(x.dtype))
+    v = product("rk,ok->ro", u, adapter.b.astype(x.dtype))
+    return product("ri,oi->ro", x, weight) + adapter.scale * v
+
+
+def mlp(layers: Callable[..., Any], after_gate: Callable[..., Any]) -> Callable[..., Any]:
+    """Both passes of layers(x, weights, adapters) -> (gate, up) and after_gate(gate, up, weight, adapter)."""
+
+    def forward_and_backward(x: Any, weights: Any, adapters: Any, dys: Any) -> Any:
+        def forward(x: Any, adapters: Any) -> Any:
+            gate, up = layers(x, weights[:2], adapters[:2])
+            return after_gate(gate, up, weights[2], adapters[2])
+
+        y, vjp = jax.vjp(forward, x, adapters)
+        return y, *vjp(dys[0])
+
+    return forward_and_backward
+
+
+MLP_FROZEN = mlp(
+    lambda x, weights, adapters: [product("ri,oi->ro", x, weight) for weight in weights],
+    lambda gate, up, weight, adapter: product("ri,oi->ro", swiglu(gate, up), weight),
+)
+MLP_AS_WRITTEN = mlp(
+    lambda x, weights, adapters: [as_written(x, *pair) for pair in zip(weights, adapters, strict=True)],
+    lambda gate, up, weight, adapter: as_written(swiglu(gate, up), weight, adapter),
+)
 
 
 def served(dtype: str, rank: int) -> list[str]:
@@ -122,10 +160,11 @@ def served(dtype: str, rank: int) -> list[str]:
 
 
 def benchmark(ceilings: Ceilings, tiny: bool) -> list[Row]:
+    rounds = 3 if tiny else 21
     rows: list[Row] = []
     for case in TINY if tiny else CASES:
-        rows += _measure(case, ceilings, rounds=3 if tiny else 21)
-    return rows
+        rows += _measure(case, ceilings, rounds)
+    return rows + _measure_mlp(MLP_TINY if tiny else MLP, ceilings, rounds)
 
 
 def _measure(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
@@ -136,21 +175,50 @@ def _measure(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
     programs = {name: _compiled(function, arguments, {}) for name, function in functions.items()}
     programs["frozen, cuBLAS"] = _compiled(frozen, arguments, CUBLAS)
     programs["auto, cuBLAS"] = _compiled(arranged(), arguments, CUBLAS)
-    ours = tuple(name for name in programs if not name.startswith("frozen"))
+    floor = {"frozen": f"floor of adapters {1 + case.floor(ceilings):.2f}"}
+    return _timed("lora_linears", case, case.flops, programs, arguments, ceilings, rounds, floor)
+
+
+def _measure_mlp(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
+    down = Case("down", case.rows, case.outputs[0], (case.features,), case.rank)
+    x, weights, adapters, _ = case.arrays(ceilings.half)
+    _, last_weight, last_adapter, dys = down.arrays(ceilings.half)
+    arguments = (x, weights + last_weight, adapters + last_adapter, dys)
+    functions = {"frozen": MLP_FROZEN, "autodiff": MLP_AS_WRITTEN}
+    for name in served(ceilings.half, case.rank):
+        functions[name] = mlp(
+            functools.partial(lora_linears, implementation=name),
+            functools.partial(swiglu_lora_linear, implementation=name),
+        )
+    programs = {name: _compiled(function, arguments, {}) for name, function in functions.items()}
+    flops = case.flops + down.flops
+    return _timed("swiglu_lora_linear", case, flops, programs, arguments, ceilings, rounds, {})
+
+
+def _timed(
+    op: str,
+    case: Case,
+    flops: float,
+    programs: dict[str, Any],
+    arguments: Arguments,
+    ceilings: Ceilings,
+    rounds: int,
+    remarks: dict[str, str],
+) -> list[Row]:
+    """measure_case with the temporary memory of each as a note; all results must be those of "autodiff"."""
+    others = ("frozen", "frozen, cuBLAS", "autodiff")
+    ours = tuple(name for name in programs if name not in others)
     expected = programs["autodiff"](*arguments)
     for name in ours:
         _check(name, programs[name](*arguments), expected)
     del expected
     notes = {
-        name: f"{program.memory_analysis().temp_size_in_bytes / 1e6:.0f} MB of temporary memory"
+        name: "; ".join([temporary_memory(program), *([remarks[name]] if name in remarks else [])])
         for name, program in programs.items()
     }
-    notes["frozen"] += f"; floor of adapters {1 + case.floor(ceilings):.2f}"
     makers = {name: lambda program=program: lambda: program(*arguments) for name, program in programs.items()}
-    work = Work(case.flops, "flops")
-    return measure_case(
-        "lora_linears", str(case), work, ceilings, makers, ours=ours, rounds=rounds, notes=notes
-    )
+    work = Work(flops, "flops")
+    return measure_case(op, str(case), work, ceilings, makers, ours=ours, rounds=rounds, notes=notes)
 
 
 def _compiled(function: Callable[..., Any], arguments: Arguments, options: dict[str, Any]) -> Any:

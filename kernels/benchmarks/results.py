@@ -100,6 +100,7 @@ def measure_case(
         makers: by name, functions that give what is to be timed (see measure.compare); one that raises is
             reported with its reason.
         ours: names of this library's.
+        notes: by name; makers may add to them.
     """
     calls: dict[str, Callable[[], Any]] = {}
     failed: dict[str, str] = {}
@@ -109,7 +110,7 @@ def measure_case(
             jax.block_until_ready(call())
             calls[name] = call
         except Exception as error:  # a peer may raise anything, and the others still run
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:_LONGEST_NOTE]
+            failed[name] = reason(error)
     times = compare(calls, rounds=rounds)
     rows = []
     for name in makers:
@@ -119,6 +120,16 @@ def measure_case(
         else:
             rows.append(_row(op, case, name, name in ours, times[name], work, ceilings, note))
     return rows
+
+
+def reason(error: Exception) -> str:
+    """Why something did not run, on one short line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:_LONGEST_NOTE]
+
+
+def temporary_memory(compiled: Any) -> str:
+    """What a compiled function holds besides its arguments and results, as a note."""
+    return f"{compiled.memory_analysis().temp_size_in_bytes / 1e6:.0f} MB of temporary memory"
 
 
 def _row(
@@ -159,17 +170,25 @@ def table(rows: list[Row]) -> str:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The record of a run as a table in Markdown: a line a case, times in ms, fastest first."""
-    lines = ["| op and case | this library | of the ceiling | others |", "| --- | --- | --- | --- |"]
+    """The record of a run as a table in Markdown: a line a case, times in ms, fastest first.
+
+    Cases that none of this library's implementations was timed in are left out.
+    """
+    lines = [
+        "| op and case | this library | of the ceiling | to the fastest other | others |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for op, case in dict.fromkeys((row["op"], row["case"]) for row in record["rows"]):
         rows = [row for row in record["rows"] if (row["op"], row["case"]) == (op, case) and "ms" in row]
         rows.sort(key=lambda row: row["ms"])
-        ours, others = (
-            [f"{row['implementation']} {row['ms']:.3g}" for row in rows if row["ours"] is mine]
-            for mine in (True, False)
+        ours, others = ([row for row in rows if row["ours"] is mine] for mine in (True, False))
+        if not ours:
+            continue
+        names, other_names = (
+            ", ".join(f"{row['implementation']} {row['ms']:.3g}" for row in each) for each in (ours, others)
         )
-        ceiling = next(row["of_ceiling"] for row in rows if row["ours"])
-        cells = (f"{op}, {case}", ", ".join(ours), f"{ceiling:.0%}", ", ".join(others))
+        ratio = f"{ours[0]['ms'] / others[0]['ms']:.2f}" if others else ""
+        cells = (f"{op}, {case}", names, f"{ours[0]['of_ceiling']:.0%}", ratio, other_names)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

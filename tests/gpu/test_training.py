@@ -87,19 +87,35 @@ def quickstart(folder: Path, *overrides: str) -> Config:
     )
 
 
-@pytest.mark.parametrize("attention", [name for name in attention_implementations() if name != "xla"])
-def test_every_attention_path_learns_alike(attention, tmp_path, figure):
-    def losses(name):
-        config = quickstart(tmp_path / name, f"--model.attention={name}", "--train.max_steps=20")
-        return np.array([row["loss"] for row in fit(config).metrics if "loss" in row])
+def first_losses(folder: Path, *overrides: str) -> np.ndarray:
+    """Of 20 steps of the quickstart."""
+    result = fit(quickstart(folder, "--train.max_steps=20", *overrides))
+    return np.array([row["loss"] for row in result.metrics if "loss" in row])
 
+
+@pytest.fixture(scope="module")
+def float32_losses(tmp_path_factory) -> np.ndarray:
+    folder = tmp_path_factory.mktemp("float32") / "run"
+    return first_losses(folder, "--model.attention=xla", "--model.dtype=float32")
+
+
+# Against float32, not one path against another: the rounding of bfloat16 in the rest of the model alone moves
+# each loss by about 1e-3. On a CPU the root mean square is 0.95e-3 with xla attention and 0.99e-3 with the
+# reference, which attends in float32; the largest of 20, a matter of luck, is 1.8e-3 and 2.6e-3, and 3.2e-3
+# between the two.
+@pytest.mark.parametrize("attention", attention_implementations())
+def test_every_attention_path_learns_alike(attention, float32_losses, tmp_path, figure):
     try:
-        found = losses(attention)
+        found = first_losses(tmp_path / "run", f"--model.attention={attention}")
     except UserError as error:
         pytest.skip(str(error))
-    apart = np.abs(found - losses("xla")).max()
-    figure(f"20 losses with {attention} attention against xla", f"{apart:.1e} (<= 2e-3)")
-    assert len(found) == 20 and apart <= 2e-3
+    apart = found - float32_losses
+    typical, largest = np.sqrt(np.mean(apart**2)), np.abs(apart).max()
+    figure(
+        f"20 losses with {attention} attention against float32: root mean square, largest difference",
+        f"{typical:.1e} (<= 1.5e-3), {largest:.1e}",
+    )
+    assert len(found) == 20 and typical <= 1.5e-3
 
 
 def test_the_quickstart_learns_within_its_plan(tmp_path, figure, capsys):

@@ -54,8 +54,10 @@ def test_rates_and_ratios(results, rows):
 
 
 def test_table_in_markdown(results, rows):
-    record = {"rows": [results.as_json(row, rows) for row in rows]}
-    assert results.markdown(record).splitlines()[2:] == ["| op, case | ours 2 | 50% | peer 3, slow peer 4 |"]
+    untimed = results.Row("op", "another case", "ours", True, None, note="12 MB of temporary memory")
+    record = {"rows": [results.as_json(row, rows) for row in [*rows, untimed]]}
+    [line] = results.markdown(record).splitlines()[2:]
+    assert line == "| op, case | ours 2 | 50% | 0.67 | peer 3, slow peer 4 |"
 
 
 def test_a_peer_that_fails_is_reported_with_its_reason(results, rows):
@@ -80,3 +82,32 @@ def test_all_run_in_one_process(tmp_path):
     assert measured == {row["op"] for row in record["rows"]}
     assert {"attention", "linear_cross_entropy"} <= measured
     assert record["ceilings"]["flops"] > 0 and record["versions"]["jax"]
+
+
+@pytest.mark.slow
+def test_losses_of_each_attention_implementation(tmp_path):
+    out = tmp_path / "losses.json"
+    small = {
+        "model.dtype": "bfloat16",
+        "data.max_length": 128,
+        "data.eval_fraction": 0,
+        "train.per_device_train_batch_size": 1,
+        "train.warmup_steps": 0,
+        "train.eval_steps": 0,
+    }
+    command = [
+        sys.executable,
+        REPOSITORY / "benchmarks" / "attention_losses.py",
+        REPOSITORY / "configs" / "quickstart.yaml",
+        *("--out", out, "--steps", "2", "--float32"),
+        *(f"--{key}={value}" for key, value in small.items()),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    record = json.loads(out.read_text())
+    losses = record["losses"]
+    assert {"xla", "xla, float32"} <= losses.keys(), record["refused"]
+    assert losses.keys() | record["refused"].keys() == {"cudnn", "triton", "xla", "xla, float32"}
+    assert all(len(each) == 2 for each in losses.values())
+    apart = max(abs(a - b) for a, b in zip(losses["xla"], losses["xla, float32"], strict=True))
+    assert record["differences"]["xla - xla, float32"] == pytest.approx(apart, abs=1e-6)
+    assert 0 < apart < 0.05

@@ -64,7 +64,8 @@ def attention(
         scale: of the scores; default 1/sqrt(H).
         window: the query at t sees the keys at s with 0 <= t - s < window; default all s <= t.
         softcap: scores become softcap * tanh(scores / softcap); default none.
-        max_segments: static bound on the segments of a row, for implementations that need one.
+        max_segments: static bound on the segments of a row, for implementations that need one. What cuDNN
+            holds grows with it.
         implementation: a name of `attention_implementations()`, or "auto": the fastest that can serve.
 
     Returns:

@@ -205,14 +205,15 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _scores(plan: _Plan, section: _Section, q: Array, k: Array, first: Array, start: Array | int) -> Array:
     """Scaled, capped and masked scores of the rows from `start` on, [B, K, rows, S] float32."""
-    scores = einsum("bkrh,bksh->bkrs", q, k) * plan.scale
+    # Without the barrier XLA spends most of its compile time on fusing the softmax with the product. It comes
+    # before the mask, so that each pass of the softmax masks for itself and no pass is spent on it alone.
+    scores = jax.lax.optimization_barrier(einsum("bkrh,bksh->bkrs", q, k)) * plan.scale
     if plan.softcap is not None:
         scores = plan.softcap * jnp.tanh(scores / plan.softcap)
     position = (start + jnp.arange(plan.rows, dtype=jnp.int32)) // plan.group
     key = jnp.arange(section.first_key, section.end_key, dtype=jnp.int32)
     visible = (key >= first[:, :, None]) & (key <= position[:, None])  # [B, rows, S]
-    # Without the barrier XLA spends most of its compile time on fusing the softmax with the product.
-    return jax.lax.optimization_barrier(jnp.where(visible[:, None], scores, -jnp.inf))
+    return jnp.where(visible[:, None], scores, -jnp.inf)
 
 
 def _cut(plan: _Plan, x: Array, start: Array | int, axis: int = 2) -> Array:
