@@ -74,7 +74,7 @@ def test_defaults_and_values(tmp_path):
     assert config.model == ModelConfig(path="org/model")
     assert config.lora == LoRAConfig(rank=8, target_modules=("q_proj", "v_proj"))
     assert config.train == TrainConfig()
-    assert config.memory == MemoryConfig(checkpointing="full")
+    assert config.memory == MemoryConfig(checkpointing="auto")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import re
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,13 +110,31 @@ def set_lora(model: Decoder, config: LoRAConfig, weights: LoRAWeights) -> None:
     """
     sharding = replicated(data_mesh())
 
-    def place(array: Array | np.ndarray) -> LoRAParam:
-        return LoRAParam(jax.device_put(jnp.asarray(array, jnp.float32), sharding))
+    def place(array: Array | np.ndarray) -> Array:
+        return jax.device_put(jnp.asarray(array, jnp.float32), sharding)
 
+    _attach(model, config, {path: (place(a), place(b)) for path, (a, b) in weights.items()})
+
+
+def outline_lora(model: Decoder, config: LoRAConfig) -> None:
+    """`add_lora` on a model without weights (lorajax.models.checkpoint.outline): shapes in place of arrays.
+
+    Raises:
+        UserError: as `select_targets`.
+    """
+    linears = model.linears()
+    shapes = {}
+    for path in select_targets(model, config.target_modules):
+        linear = linears[path]
+        a = jax.ShapeDtypeStruct((config.rank, linear.in_features), jnp.float32)
+        shapes[path] = a, jax.ShapeDtypeStruct((linear.out_features, config.rank), jnp.float32)
+    _attach(model, config, shapes)
+
+
+def _attach(model: Decoder, config: LoRAConfig, weights: Mapping[str, tuple[Any, Any]]) -> None:
     for path, linear in model.linears().items():
         if path in weights:
-            a, b = weights[path]
-            linear.lora_a, linear.lora_b = place(a), place(b)
+            linear.lora_a, linear.lora_b = (LoRAParam(leaf) for leaf in weights[path])
             linear.lora_scale, linear.lora_dropout = config.alpha / config.rank, config.dropout
         else:
             linear.lora_a = linear.lora_b = None

@@ -263,10 +263,8 @@ class _Trace:
         """The output, the kept activations, and for each of these whether it is to go to the host."""
         kept = self._kept(policy)
         y, *values = _evaluate(self.equations, self._known(own, index, x), [self.output, *kept])
-        if policy.everything or "block_input" in policy.saved | policy.offloaded:
-            kept, values = [None, *kept], [x, *values]
-        away = [may_offload and self._name(variable) in policy.offloaded for variable in kept]
-        return y, values, away
+        names = ["block_input", *map(self._name, kept)]
+        return y, [x, *values], [may_offload and name in policy.offloaded for name in names]
 
     def backward(
         self, own: Leaves, index: int, kept: Sequence[Array], policy: LayerPolicy, dy: Array
@@ -292,9 +290,7 @@ class _Trace:
         names = policy.saved | policy.offloaded
         return [eqn.outvars[0] for eqn in self.equations if _named(eqn) in names]
 
-    def _name(self, variable: Var | None) -> str | None:
-        if variable is None:
-            return "block_input"
+    def _name(self, variable: Var) -> str | None:
         return next((_named(eqn) for eqn in self.equations if variable is eqn.outvars[0]), None)
 
 
@@ -306,7 +302,8 @@ def _named(equation: Any) -> str | None:
 def _evaluate(equations: Sequence[Any], known: Mapping[Var, Any], wanted: Sequence[Any]) -> list[Any]:
     """Values of variables, made from known ones by the equations that they need."""
     values = dict(known)
-    needed, steps = set(), []
+    needed: set[Var] = set()
+    steps = []
 
     def need(atoms: Iterable[Any]) -> None:
         needed.update(atom for atom in atoms if not isinstance(atom, Literal) and atom not in values)

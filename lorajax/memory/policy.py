@@ -23,6 +23,9 @@ ACTIVATIONS: dict[str, str] = {
     "lora_hidden": "[B, T, R] for each projection with an adapter, x A^T",
 }
 
+# These are never offloaded: with many small copies in a layer, XLA keeps the large ones on the GPU too.
+_SMALL = frozenset({"attention_lse", "lora_hidden"})
+
 Action = Literal["save", "offload", "recompute"]
 ACTIONS: tuple[Action, ...] = ("save", "offload", "recompute")
 
@@ -44,12 +47,19 @@ class LayerPolicy:
     offloaded: frozenset[str] = frozenset()
     everything: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.everything and "block_input" not in self.saved | self.offloaded:
+            raise ValueError("block_input: it cannot be recomputed, all else is made from it")
+        if small := self.offloaded & _SMALL:
+            raise ValueError(f"{min(small)}: it is too small to be worth a copy; save or recompute it")
+
     @classmethod
     def of(cls, actions: Mapping[str, str]) -> LayerPolicy:
         """From {name: action}; names that are left out are recomputed, the block's input is saved.
 
         Raises:
-            ValueError: a name or an action is unknown, or the block's input is to be recomputed.
+            ValueError: a name or an action is unknown, the block's input is to be recomputed, or something
+                small is to be offloaded.
         """
         for name, action in actions.items():
             if name not in ACTIVATIONS:
@@ -57,8 +67,6 @@ class LayerPolicy:
             if action not in ACTIONS:
                 raise ValueError(f"{name}: {action!r} is not one of {', '.join(ACTIONS)}")
         actions = {"block_input": "save", **actions}
-        if actions["block_input"] == "recompute":
-            raise ValueError("block_input: it cannot be recomputed, all else is made from it")
         chosen = {
             action: frozenset(name for name in actions if actions[name] == action) for action in ACTIONS
         }

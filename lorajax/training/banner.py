@@ -10,14 +10,20 @@ import yaml
 
 from lorajax.config import Config, as_plain
 from lorajax.data import DataStats, decode_row
+from lorajax.memory.plan import Plan
 from lorajax.training.inputs import Inputs, first_row
 from lorajax.training.program import Memory
 
 _GIB = 2**30
 
 
-def banner(inputs: Inputs, *, trainable: int, total: int, memory: Memory) -> str:
-    """Versions, device, model, data, and what the run will do; trainable and total count parameters."""
+def banner(inputs: Inputs, plan: Plan | None, *, trainable: int, total: int, memory: Memory) -> str:
+    """Versions, device, model, data, and what the run will do; trainable and total count parameters.
+
+    Args:
+        plan: of the memory, None where it is not planned.
+        memory: of the compiled step.
+    """
     config, train = inputs.config, inputs.config.train
     versions = ", ".join(f"{name} {_version(name)}" for name in ("lorajax", "jax", "flax"))
     tokens = inputs.rows_per_step * config.data.max_length
@@ -29,14 +35,17 @@ def banner(inputs: Inputs, *, trainable: int, total: int, memory: Memory) -> str
         "trainable": f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f}%)"
         + (_lora(config) if train.mode == "lora" else ", all of them"),
         **data_lines(inputs),
-        "batch": f"{inputs.rows_per_step} rows = {train.per_device_train_batch_size} a device x "
-        f"{train.gradient_accumulation_steps} accumulated x {inputs.mesh.size} devices: {tokens:,} tokens",
+        "batch": f"{inputs.rows_per_step} rows = {inputs.layout.rows} a device x {inputs.micro_batches} "
+        f"accumulated x {inputs.mesh.size} devices: {tokens:,} tokens",
         "steps": f"{inputs.total_steps:,}; learning rate {train.learning_rate:g}, "
         f"{train.lr_scheduler_type} after {train.warmup_steps} steps of warm-up",
         "memory": f"{memory.total / _GIB:.2f} GiB a device for a step: {memory.arguments / _GIB:.2f} weights "
-        f"and state, {memory.temporaries / _GIB:.2f} activations (checkpointing "
-        f"{config.memory.checkpointing}); {memory.host / _GIB:.2f} GiB of host memory",
+        f"and state, {memory.temporaries / _GIB:.2f} activations; {memory.host / _GIB:.2f} of the host's",
     }
+    if plan is not None:
+        lines |= plan.lines()
+    else:
+        lines["kept"] = f"checkpointing {inputs.layout.checkpointing}"
     return table(lines)
 
 

@@ -18,6 +18,8 @@ from lorajax.config import Config, as_plain, load_config, validate
 from lorajax.errors import UserError
 from lorajax.generation import generate
 from lorajax.lora.peft import save_adapter
+from lorajax.memory.machine import claim_gpu_memory
+from lorajax.memory.plan import Plan
 from lorajax.models.checkpoint import initialise, load, save_merged
 from lorajax.models.decoder import Decoder
 from lorajax.training.banner import banner, dry_run_text, gib
@@ -39,7 +41,8 @@ from lorajax.training.metrics import (
     read_metrics,
     truncate_metrics,
 )
-from lorajax.training.program import compile_step, first_state, make_evaluation, use_compilation_cache
+from lorajax.training.planning import planned
+from lorajax.training.program import compile_planned, first_state, make_evaluation, use_compilation_cache
 from lorajax.training.progress import NotFinite, Progress, Totals
 from lorajax.training.signals import StopRequest
 from lorajax.training.step import TrainState
@@ -97,10 +100,12 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
     if not isinstance(config, Config):
         config = load_config(config)
     validate(config)
+    claim_gpu_memory(config.memory.budget)
     use_compilation_cache()
     check_trackers(config.output.report_to)
     checkpoint = check_folder(config)
     inputs = prepare(config)
+    plan, inputs = planned(inputs)
     position = None if checkpoint is None else _position(checkpoint, inputs)
     model = _load_model(inputs)
     before = _answers(inputs, model)
@@ -121,7 +126,7 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
         truncate_metrics(folder.metrics, position.step)
 
     try:
-        state, step, totals, stopped_by = _train(inputs, folder, graph, state, frozen, position)
+        state, step, totals, stopped_by = _train(inputs, plan, folder, graph, state, frozen, position)
     except NotFinite as error:
         raise UserError(f"{error}; {_what_is_kept(folder)}") from None
 
@@ -160,6 +165,7 @@ def dry_run(config: Config) -> str:
 
 def _train(
     inputs: Inputs,
+    plan: Plan | None,
     folder: RunFolder,
     graph: Any,
     state: TrainState,
@@ -177,14 +183,15 @@ def _train(
     if step == total:
         return state, step, Totals(), None
     with contextlib.ExitStack() as stack:
+        began = time.perf_counter()
+        inputs, program, plan = compile_planned(inputs, plan, graph, state, frozen)
+        trainable = count(state.trainable)
+        total_parameters = trainable + count(frozen)
+        print(banner(inputs, plan, trainable=trainable, total=total_parameters, memory=program.memory))
+        print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
         batches = training_batches(inputs, None if position is None else position.data)
         stack.enter_context(contextlib.closing(batches))
         batch = next(batches)
-        began = time.perf_counter()
-        program = compile_step(inputs, graph, state, frozen, batch.arrays)
-        trainable = count(state.trainable)
-        print(banner(inputs, trainable=trainable, total=trainable + count(frozen), memory=program.memory))
-        print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
 
         trackers = open_trackers(output.report_to, folder.path, as_plain(config))
         log = stack.enter_context(contextlib.closing(MetricsLog(folder.metrics, trackers)))

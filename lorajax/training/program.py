@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 from lorajax_kernels.device import split_over
 
 from lorajax.data.cache import user_cache_folder
-from lorajax.sharding import replicated
+from lorajax.errors import UserError
+from lorajax.memory.plan import Plan, choose_again, refusal
+from lorajax.sharding import replicated, rows
 from lorajax.training.inputs import RunShape
 from lorajax.training.optimizer import adamw, learning_rate_schedule
 from lorajax.training.step import Batch, StepMetrics, TrainState, init_state, loss_sum, make_train_step
 from lorajax.training.weights import Weights, merge_weights
+
+R = TypeVar("R", bound=RunShape)
 
 
 def use_compilation_cache() -> None:
@@ -70,8 +76,15 @@ def first_state(run: RunShape, trainable: Weights) -> TrainState:
     return jax.device_put(state, replicated(run.mesh))
 
 
-def compile_step(run: RunShape, graph: Any, state: TrainState, frozen: Weights, batch: Batch) -> Program:
-    """Compile the training step for these shapes."""
+def compile_step(
+    run: RunShape, graph: Any, state: TrainState, frozen: Weights, batch: Batch | None = None
+) -> Program:
+    """Compile the training step for these shapes.
+
+    Args:
+        graph: of split_weights.
+        state, frozen, batch: arrays, or their shapes with their shardings; without a batch, the run's.
+    """
     config = run.config
     schedule = learning_rate_schedule(config.train, run.total_steps)
     full = config.train.mode == "full"
@@ -87,8 +100,44 @@ def compile_step(run: RunShape, graph: Any, state: TrainState, frozen: Weights, 
         scale_loss=config.model.dtype == "float16",
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated(run.mesh))
-    compiled = jitted.lower(state, frozen, batch).compile()
+    compiled = jitted.lower(state, frozen, batch_shapes(run) if batch is None else batch).compile()
     return Program(compiled, _memory(compiled))
+
+
+def compile_planned(
+    run: R, plan: Plan | None, graph: Any, state: TrainState, frozen: Weights
+) -> tuple[R, Program, Plan | None]:
+    """Compile the step of a plan, and plan again while XLA finds that it takes more than there is.
+
+    Args:
+        plan: None where memory is not planned: the run's layout is the config's then.
+
+    Returns:
+        The run with the layout that was compiled, its step, and the plan with what the step takes.
+
+    Raises:
+        UserError: the layout that the config asks for does not fit, or nothing does.
+    """
+    if plan is None:
+        return run, compile_step(run, graph, state, frozen), None
+    while True:
+        planned = dataclasses.replace(run, planned=plan.chosen.layout)
+        program = compile_step(planned, graph, state, frozen)
+        plan = plan.checked(program.memory.total)
+        if plan.fits(plan.chosen):
+            return planned, program, plan
+        if run.config.memory.checkpointing != "auto":
+            raise UserError(refusal(plan))
+        plan = choose_again(plan)
+
+
+def batch_shapes(run: RunShape) -> Batch:
+    """A step's batch, shapes in place of arrays."""
+    shape, split = (run.micro_batches, run.rows_per_micro_batch, run.config.data.max_length), rows(run.mesh)
+    dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
+    dtypes["weights"] = jnp.float32
+    shapes: Any = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in dtypes.items()}
+    return shapes
 
 
 def make_evaluation(run: RunShape, graph: Any) -> Callable[[Weights, Weights, Batch], Float[Array, ""]]:
@@ -97,9 +146,9 @@ def make_evaluation(run: RunShape, graph: Any) -> Callable[[Weights, Weights, Ba
     @jax.jit
     def evaluate(trainable: Weights, frozen: Weights, batch: Batch) -> Array:
         model = merge_weights(graph, trainable, frozen)
-        rows = {name: array[0] for name, array in batch.items()}
+        first = {name: array[0] for name, array in batch.items()}
         with split_over(run.mesh.size):
-            return loss_sum(model, rows, mesh=run.mesh, max_segments=run.max_segments)
+            return loss_sum(model, first, mesh=run.mesh, max_segments=run.max_segments)
 
     return evaluate
 

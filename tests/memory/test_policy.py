@@ -27,6 +27,7 @@ def test_names_left_out_are_recomputed_and_the_input_is_saved():
         ({"gates": "save"}, f"'gates' is no activation of a layer; known: {', '.join(ACTIVATIONS)}"),
         ({"gate": "keep"}, "gate: 'keep' is not one of save, offload, recompute"),
         ({"block_input": "recompute"}, "block_input: it cannot be recomputed"),
+        ({"lora_hidden": "offload"}, "lora_hidden: it is too small to be worth a copy"),
         (Policy((EVERYTHING,)), "a policy of 1 layers for 3"),
     ],
 )

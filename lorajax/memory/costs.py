@@ -1,0 +1,235 @@
+"""What a training step costs: bytes that stay, bytes that travel, and seconds, from shapes alone.
+
+Seconds are a sum of three kinds of work, each at a rate of the machine (Rates): products by their operations,
+everything else by the bytes that it reads and writes, and copies to and from the host. The shares of the
+rates that programs reach (EFFICIENCY) are those of this library's steps on an H200, 1B and 8B shapes, and are
+taken to hold elsewhere: a plan needs to know which of two programs is faster, and the rates are the machine's
+own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lorajax.memory.policy import ACTIVATIONS
+from lorajax.models.decoder import Decoder, DecoderOptions
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second.
+
+    Attributes:
+        flops: operations of a large product in 16 bits.
+        memory: bytes of a copy within the GPU's memory, read and written together.
+        link: bytes between GPU and host, each way, both ways at once.
+    """
+
+    flops: float
+    memory: float
+    link: float
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the rates.
+
+    Attributes:
+        products: frozen products.
+        attention: the forward pass, by the size of a head from which on it holds.
+        passes: what goes over activations element by element.
+        link: copies beside computation.
+    """
+
+    products: float
+    attention: Mapping[int, float]
+    passes: float
+    link: float
+
+
+EFFICIENCY = Efficiency(products=0.94, attention={0: 0.45, 80: 0.55, 128: 0.67}, passes=0.80, link=0.90)
+# The backward pass of attention makes five products where the forward pass makes two, in more time each.
+ATTENTION_BACKWARD = 3.3
+# Passes over activations of width D and F in a layer's forward and backward pass, each reading or writing its
+# input once: norms, rotation, residuals, gates, and what adapters read.
+FORWARD_PASSES = {"hidden": 14.0, "inner": 3.0}
+BACKWARD_PASSES = {"hidden": 22.0, "inner": 9.0}
+# Times that the weights are read in a micro-batch besides what the products' own rate covers.
+WEIGHT_PASSES = 5.0
+
+# Activations that are recomputed together, each with what has to be done for it: the projections of its layer
+# whose product is made again, and whether attention is.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "attention": ("attention_output", "attention_lse"),
+    "qkv": ("query", "key", "value"),
+    "block_middle": ("block_middle",),
+    "gate": ("gate",),
+    "up": ("up",),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and the rows of one micro-batch on one device.
+
+    Attributes:
+        options: the model's shapes.
+        ranks: of the adapter of each projection of a layer, by the projection's name; 0 without.
+        itemsize: bytes of an element of the activations.
+        weights: bytes of the frozen weights.
+        trainable: number of trainable parameters.
+        rows, length: of a micro-batch, in tokens.
+        context: tokens of the longest document on a row; what attention costs.
+    """
+
+    options: DecoderOptions
+    ranks: Mapping[str, int]
+    itemsize: int
+    weights: int
+    trainable: int
+    rows: int
+    length: int
+    context: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of each projection of a layer."""
+        o = self.options
+        query, key, hidden, inner = (
+            o.num_heads * o.head_dim,
+            o.num_kv_heads * o.head_dim,
+            o.hidden_size,
+            o.intermediate_size,
+        )
+        return {
+            "q_proj": (hidden, query),
+            "k_proj": (hidden, key),
+            "v_proj": (hidden, key),
+            "o_proj": (query, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+
+    @functools.cached_property
+    def activation_bytes(self) -> dict[str, int]:
+        """Of each named activation of a layer, for the micro-batch."""
+        o, tokens = self.options, self.tokens
+        elements = {
+            "block_input": o.hidden_size,
+            "query": o.num_heads * o.head_dim,
+            "key": o.num_kv_heads * o.head_dim,
+            "value": o.num_kv_heads * o.head_dim,
+            "attention_output": o.num_heads * o.head_dim,
+            "block_middle": o.hidden_size,
+            "gate": o.intermediate_size,
+            "up": o.intermediate_size,
+            "lora_hidden": sum(self.ranks.values()),
+        }
+        sizes = {name: count * self.itemsize * tokens for name, count in elements.items()}
+        sizes["attention_lse"] = 4 * o.num_heads * tokens
+        assert sizes.keys() == ACTIVATIONS.keys()
+        return sizes
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a workload's parts on a machine."""
+
+    work: Workload
+    rates: Rates
+
+    def _product(self, into: int, out: int) -> float:
+        """x [tokens, into] times a weight [out, into]."""
+        tokens, itemsize = self.work.tokens, self.work.itemsize
+        moved = itemsize * (tokens * (into + out) + into * out)
+        return max(
+            2 * tokens * into * out / (EFFICIENCY.products * self.rates.flops),
+            moved / (EFFICIENCY.passes * self.rates.memory),
+        )
+
+    def _passes(self, counts: Mapping[str, float]) -> float:
+        o = self.work.options
+        elements = counts["hidden"] * o.hidden_size + counts["inner"] * o.intermediate_size
+        moved = elements * self.work.tokens * self.work.itemsize
+        return moved / (EFFICIENCY.passes * self.rates.memory)
+
+    @property
+    def attention(self) -> float:
+        """Of a layer's forward pass."""
+        o = self.work.options
+        operations = 4 * self.work.tokens * (self.work.context / 2) * o.num_heads * o.head_dim
+        share = max((size, share) for size, share in EFFICIENCY.attention.items() if size <= o.head_dim)[1]
+        return operations / (share * self.rates.flops)
+
+    @property
+    def products(self) -> float:
+        """All frozen products of a layer, once."""
+        return sum(self._product(*widths) for widths in self.work.widths.values())
+
+    @functools.cached_property
+    def layer_forward(self) -> float:
+        return self.products + self.attention + self._passes(FORWARD_PASSES)
+
+    @functools.cached_property
+    def layer_backward(self) -> float:
+        """Without what is recomputed."""
+        return self.products + ATTENTION_BACKWARD * self.attention + self._passes(BACKWARD_PASSES)
+
+    @functools.cached_property
+    def recomputed(self) -> dict[str, float]:
+        """Of a layer, for each of GROUPS that is not kept."""
+        product = {name: self._product(*widths) for name, widths in self.work.widths.items()}
+        share = {name: value / 8 for name, value in FORWARD_PASSES.items()}
+        one = self._passes(share)
+        return {
+            "attention": self.attention,
+            "qkv": product["q_proj"] + product["k_proj"] + product["v_proj"] + 3 * one,
+            "block_middle": product["o_proj"] + one,
+            "gate": product["gate_proj"] + 3 * one,
+            "up": product["up_proj"] + 3 * one,
+        }
+
+    @functools.cached_property
+    def micro_batch(self) -> float:
+        """What a micro-batch costs beside its layers: the head's loss, and weights that are read again."""
+        o, work = self.work.options, self.work
+        head = 2 * self._product(o.hidden_size, o.vocab_size)
+        softmax = 3 * o.vocab_size * work.tokens * work.itemsize / (EFFICIENCY.passes * self.rates.memory)
+        again = WEIGHT_PASSES * work.weights / (EFFICIENCY.passes * self.rates.memory)
+        return head + softmax + again
+
+    @property
+    def update(self) -> float:
+        """Of the optimizer: parameters, gradients and two moments are read, all but gradients written."""
+        return 7 * 4 * self.work.trainable / (EFFICIENCY.passes * self.rates.memory)
+
+    def copied(self, size: float) -> float:
+        """Seconds of a copy of `size` bytes to or from the host."""
+        return size / (EFFICIENCY.link * self.rates.link)
+
+
+def workload(
+    model: Decoder, *, weights: int, trainable: int, rows: int, length: int, context: int
+) -> Workload:
+    """Of a model, whose arrays may be abstract."""
+    ranks = {}
+    for path, linear in model.linears().items():
+        if path.startswith("layers.0."):
+            ranks[path.rpartition(".")[2]] = 0 if linear.lora_a is None else linear.lora_a[...].shape[0]
+    return Workload(
+        options=model.options,
+        ranks=ranks,
+        itemsize=model.dtype.itemsize,
+        weights=weights,
+        trainable=trainable,
+        rows=rows,
+        length=length,
+        context=min(context, length),
+    )

@@ -1,0 +1,278 @@
+"""The plan of a run: what it is expected to take and to reach, and what else there was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flax import nnx
+
+from lorajax.config import Config
+from lorajax.errors import UserError
+from lorajax.lora.adapter import outline_lora
+from lorajax.memory.costs import Rates, workload
+from lorajax.memory.planner import Estimate, Problem, estimate, estimates, micro_batch_counts
+from lorajax.memory.policy import ACTIVATIONS, Layout, Policy
+from lorajax.models.decoder import Decoder, LoRAParam
+
+_GIB = 2**30
+# AdamW keeps two moments of each trainable parameter.
+_MOMENTS = 2
+
+
+def problem_of(
+    config: Config, outline: Decoder, *, rates: Rates, offloads: bool, context: int | None = None
+) -> Problem:
+    """What a run has to be planned for.
+
+    Args:
+        config: the run's; its micro-batches may be chosen where memory.checkpointing is "auto".
+        outline: the model without weights (lorajax.models.checkpoint.outline).
+        rates: of the machine.
+        offloads: whether activations can go to host memory.
+        context: tokens of the longest document on a row; None: a whole row.
+    """
+    train, length = config.train, config.data.max_length
+    if train.mode == "lora":
+        outline_lora(outline, config.lora)
+    trained = LoRAParam if train.mode == "lora" else nnx.Param
+    _, trainable, frozen = nnx.split(outline, trained, ...)  # type: ignore[misc]
+    count = sum(leaf.size for leaf in _leaves(trainable))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in _leaves(frozen))
+    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    batch = 5 * 4 * rows * length  # tokens, targets, segments, positions, weights
+    free = config.memory.checkpointing == "auto"
+    return Problem(
+        workload=lambda rows: workload(
+            outline,
+            weights=weights,
+            trainable=count,
+            rows=rows,
+            length=length,
+            context=length if context is None else context,
+        ),
+        rates=rates,
+        rows=rows,
+        fixed=(weights, 4 * count, 4 * _MOMENTS * count + batch),
+        offloads=offloads,
+        micro_batches=micro_batch_counts(rows) if free else [train.gradient_accumulation_steps],
+    )
+
+
+def _leaves(state: nnx.State) -> list:
+    return [variable.get_value() for variable in nnx.to_flat_state(state).leaves]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice among layouts that fits a budget.
+
+    Attributes:
+        device: name of the GPU.
+        budget: bytes that one GPU has for it.
+        host_budget: bytes of host memory for one GPU's activations.
+        tokens: of a step on one device.
+        options: what could be chosen, fastest first; none is beaten in time and memory at once.
+        chosen: one of them, or what the config asks for.
+        compiled: the chosen one's memory as XLA's analysis of the compiled step has it; None: not compiled.
+    """
+
+    device: str
+    budget: int
+    host_budget: int
+    tokens: int
+    options: Sequence[Estimate]
+    chosen: Estimate
+    compiled: int | None = None
+
+    def fits(self, option: Estimate) -> bool:
+        return option.device.total <= self.budget and option.host <= self.host_budget
+
+    def tokens_per_second(self, option: Estimate) -> float:
+        """On one device."""
+        return self.tokens / option.seconds
+
+    def checked(self, total: int) -> Plan:
+        """With the bytes of the compiled step; all estimates move by as much as the chosen one was off."""
+        off = total - self.chosen.device.total
+        return replace(
+            self,
+            chosen=self.chosen.corrected(off),
+            options=[option.corrected(off) for option in self.options],
+            compiled=total,
+        )
+
+    def nearest(self, count: int = 3) -> list[Estimate]:
+        """Those that fit, the fastest first, each with another micro-batch."""
+        found: list[Estimate] = []
+        for option in self.options:
+            if self.fits(option) and all(option.layout.rows != other.layout.rows for other in found):
+                found.append(option)
+        return found[:count]
+
+    def lines(self) -> dict[str, str]:
+        """What was chosen, what it takes and reaches, and what each activation becomes."""
+        chosen, device = self.chosen, self.chosen.device
+        policy = chosen.layout.checkpointing
+        assert isinstance(policy, Policy)
+        taken = device.total if self.compiled is None else self.compiled
+        how = "estimated" if self.compiled is None else "compiled"
+        parts = ", ".join(f"{name} {_gib(size)}" for name, size in zip(device._fields, device, strict=True))
+        return {
+            "plan": f"{chosen.micro_batches} x {chosen.layout.rows} rows on {self.device}: about "
+            f"{self.tokens_per_second(chosen):,.0f} tokens/s a GPU",
+            "GPU memory": f"{_gib(taken)} of {_gib(self.budget)} ({how}): {parts}",
+            "host memory": f"{_gib(chosen.host)} of {_gib(self.host_budget)}",
+            **describe(policy),
+        }
+
+    def frontier(self, count: int = 12) -> str:
+        """The options as a table: memory against speed, from the largest to the smallest."""
+        rows = ["     GPU     host  micro-batches   tokens/s a GPU  kept"]
+        for option in thinned(self.options, count):
+            mark = "" if self.fits(option) else "  over the budget"
+            rows.append(
+                f"{_gib(option.device.total):>8} {_gib(option.host):>8}  {option.micro_batches:>5} x "
+                f"{option.layout.rows:<5}  {self.tokens_per_second(option):>14,.0f}  "
+                f"{summary(option.layout)}{mark}"
+            )
+        return "\n".join(rows)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the frontier, memory against tokens/s, with the budget and the choice."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        points = sorted((each.device.total / _GIB, self.tokens_per_second(each)) for each in self.options)
+        axes.plot(*zip(*points, strict=True), ".", markersize=3, color="tab:blue", label="layouts")
+        chosen = self.chosen.device.total / _GIB, self.tokens_per_second(self.chosen)
+        axes.plot(*chosen, "o", color="tab:red", label="chosen")
+        axes.axvline(self.budget / _GIB, color="gray", linestyle="--", label="budget")
+        axes.set(xlabel="GPU memory [GiB]", ylabel="tokens/s on one GPU", title=self.device, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+        figure.savefig(path, dpi=120)
+
+
+def make_plan(problem: Problem, config: Config, *, device: str, budget: int, host_budget: int) -> Plan:
+    """The fastest layout that fits, or the one that the config asks for, whether it fits or not.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    options = estimates(problem)
+    length = config.data.max_length
+    plan = Plan(device, budget, host_budget, problem.rows * length, options, options[0])
+    checkpointing = config.memory.checkpointing
+    if checkpointing == "auto":
+        return choose_again(plan)
+    rows = problem.rows // problem.micro_batches[0]
+    layers = problem.workload(rows).options.num_layers
+    policy = Policy.of(checkpointing, layers)
+    if policy.offloads and not problem.offloads:
+        raise UserError(
+            f"memory.checkpointing keeps activations in host memory, but {device} has no pinned host memory "
+            "to keep them in; set it to auto"
+        )
+    if sum(problem.fixed) > budget:
+        raise UserError(refusal(plan))
+    return replace(plan, chosen=estimate(problem, Layout(rows, policy)))
+
+
+def choose_again(plan: Plan) -> Plan:
+    """The plan with the fastest option that fits.
+
+    Raises:
+        UserError: none fits.
+    """
+    chosen = next((option for option in plan.options if plan.fits(option)), None)
+    if chosen is None:
+        raise UserError(refusal(plan))
+    return replace(plan, chosen=chosen, compiled=None)
+
+
+def refusal(plan: Plan) -> str:
+    """Why the chosen layout cannot run, and what can."""
+    smallest = min(plan.options, key=lambda option: option.device.total)
+    fixed = sum(plan.options[0].device[:3])
+    if fixed > plan.budget:
+        return (
+            f"weights, adapters and optimizer alone take {_gib(fixed)} of {plan.device}, the budget is "
+            f"{_gib(plan.budget)}; raise memory.budget, or take a smaller model"
+        )
+    found = plan.nearest()
+    if not found:
+        host = f" and {_gib(smallest.host)} of host memory" if smallest.host else ""
+        return (
+            f"nothing fits {_gib(plan.budget)} of {plan.device} and {_gib(plan.host_budget)} of host memory: "
+            f"the smallest layout takes {_gib(smallest.device.total)}{host}; raise memory.budget, or lower "
+            "data.max_length"
+        )
+    taken = plan.chosen.device.total if plan.compiled is None else plan.compiled
+    lines = [
+        f"a step takes {_gib(taken)} of {plan.device} and {_gib(plan.chosen.host)} of host memory, but "
+        f"there is {_gib(plan.budget)} and {_gib(plan.host_budget)}. What fits:"
+    ]
+    for option in found:
+        lines.append(
+            f"  {_gib(option.device.total)}, about {plan.tokens_per_second(option):,.0f} tokens/s: "
+            f"--memory.checkpointing auto --train.per_device_train_batch_size {option.layout.rows} "
+            f"--train.gradient_accumulation_steps {option.micro_batches}"
+        )
+    return "\n".join(lines)
+
+
+def describe(policy: Policy) -> dict[str, str]:
+    """ "saved", "offloaded", "recomputed" -> names of activations, and in how many layers."""
+    layers = len(policy.layers)
+    if policy.keeps_everything:
+        return {"saved": "every activation"}
+    words: dict[str, list[str]] = {"saved": [], "offloaded": [], "recomputed": []}
+    for name in ACTIVATIONS:
+        away = sum(name in layer.offloaded for layer in policy.layers)
+        saved = sum(layer.everything or name in layer.saved for layer in policy.layers)
+        for word, number in (("saved", saved), ("offloaded", away), ("recomputed", layers - saved - away)):
+            if number:
+                words[word].append(name if number == layers else f"{name} ({number} of {layers} layers)")
+    return {word: ", ".join(names) for word, names in words.items() if names}
+
+
+def summary(layout: Layout) -> str:
+    """In a few words."""
+    policy = layout.checkpointing
+    if not isinstance(policy, Policy):
+        return str(policy)
+    if policy.keeps_everything:
+        return "everything"
+    names = [name for name in ACTIVATIONS if name not in ("lora_hidden", "attention_lse")]
+    share = {
+        name: sum(name in layer.saved or name in layer.offloaded for layer in policy.layers) for name in names
+    }
+    away = {name: sum(name in layer.offloaded for layer in policy.layers) for name in names}
+    total = len(policy.layers) * (len(names) - 1)
+    kept = sum(share.values()) - share["block_input"]
+    travelling = [f"{name} {number}" for name, number in away.items() if number]
+    text = f"{100 * kept / total:.0f}% of named activations"
+    return text + (f", offloaded: {', '.join(travelling)}" if travelling else "")
+
+
+def thinned(options: Sequence[Estimate], count: int) -> list[Estimate]:
+    """At most so many, spread evenly over their memory; the fastest and the smallest stay."""
+    ordered = sorted(options, key=lambda option: -option.device.total)
+    best: list[Estimate] = []
+    for option in sorted(options, key=lambda option: option.device.total):
+        if not best or option.seconds < best[-1].seconds:
+            best.append(option)
+    ordered = best[::-1]
+    if len(ordered) <= count:
+        return ordered
+    low, high = ordered[-1].device.total, ordered[0].device.total
+    wanted = [high - (high - low) * part / (count - 1) for part in range(count)]
+    picked = [min(ordered, key=lambda option: abs(option.device.total - each)) for each in wanted]
+    return list(dict.fromkeys(picked))
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f}G"

@@ -1,0 +1,220 @@
+"""What to keep, offload or recompute, and in which micro-batches: the fastest that fits a budget.
+
+Estimates come from shapes alone (costs.py), in milliseconds for each layout, so that all that could be
+chosen is looked at: micro-batches, groups of activations kept in none, some or all of the layers, and names
+offloaded in none, some or all of those that keep them. What is chosen is then compiled, and XLA's own
+analysis of its memory decides whether it fits; how far it is from the estimate corrects the other estimates.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from lorajax.memory.costs import GROUPS, Costs, Rates, Workload
+from lorajax.memory.policy import LayerPolicy, Layout, Policy
+
+# Steps between none and all of the layers that are looked at.
+PARTS = 8
+# What may be offloaded, the first first. The small ones are not worth a copy each.
+OFFLOADED = ("block_input", "gate", "up", "attention_output", "query", "block_middle")
+# Bytes of logits that the head's loss makes at a time (lorajax_kernels.cross_entropy).
+LOGITS_CHUNK = 2**28
+# Share of a copy's time that a step loses even where the copy hides behind computation.
+COPY_COST = 0.03
+
+
+class Breakdown(NamedTuple):
+    """Memory of one GPU during a step, in bytes.
+
+    Attributes:
+        weights: frozen ones.
+        adapters: what is trained.
+        optimizer: its state, and the batch.
+        activations: kept for the backward pass, those that travel to and from the host included.
+        workspace: gradients, and what a layer or the head's loss needs for itself.
+    """
+
+    weights: int
+    adapters: int
+    optimizer: int
+    activations: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A layout and what it is expected to cost.
+
+    Attributes:
+        layout: rows of a micro-batch on a device, and what layers keep.
+        micro_batches: of a step.
+        seconds: of a step.
+        device: memory of one GPU.
+        host: pinned memory of the host for one GPU, in bytes.
+    """
+
+    layout: Layout
+    micro_batches: int
+    seconds: float
+    device: Breakdown
+    host: int
+
+    def corrected(self, bytes_: int) -> Estimate:
+        """With so much more workspace than was estimated."""
+        workspace = max(0, self.device.workspace + bytes_)
+        return replace(self, device=self.device._replace(workspace=workspace))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be planned.
+
+    Attributes:
+        workload: rows of a micro-batch on a device -> their work.
+        rates: of the machine.
+        rows: of a step on one device.
+        fixed: memory of weights, adapters and optimizer, in bytes.
+        offloads: whether the device can keep activations in host memory.
+        micro_batches: those that may be chosen; each divides `rows`.
+    """
+
+    workload: Callable[[int], Workload]
+    rates: Rates
+    rows: int
+    fixed: tuple[int, int, int]
+    offloads: bool
+    micro_batches: Sequence[int]
+
+
+def micro_batch_counts(rows: int) -> list[int]:
+    """Into how many micro-batches of equal size so many rows can be cut, from one up."""
+    return [count for count in range(1, rows + 1) if rows % count == 0]
+
+
+def estimates(problem: Problem) -> list[Estimate]:
+    """All that could be chosen and is not beaten in time and both memories at once; fastest first."""
+    found = [estimate for count in problem.micro_batches for estimate in _layouts(problem, count)]
+    found.sort(key=lambda each: (each.seconds, each.device.total, each.host))
+    front: list[Estimate] = []
+    for each in found:
+        if not any(better.device.total <= each.device.total and better.host <= each.host for better in front):
+            front.append(each)
+    return front
+
+
+def estimate(problem: Problem, layout: Layout) -> Estimate:
+    """What a given layout is expected to cost."""
+    work = problem.workload(layout.rows)
+    policy = Policy.of(layout.checkpointing, work.options.num_layers)
+    return _estimate(problem, Costs(work, problem.rates), layout, policy)
+
+
+def _layouts(problem: Problem, micro_batches: int) -> Iterator[Estimate]:
+    rows = problem.rows // micro_batches
+    work = problem.workload(rows)
+    layers = work.options.num_layers
+    costs = Costs(work, problem.rates)
+    sizes, again = work.activation_bytes, costs.recomputed
+    by_worth = sorted(GROUPS, key=lambda group: -again[group] / sum(sizes[name] for name in GROUPS[group]))
+    counts = sorted({round(layers * part / PARTS) for part in range(1, PARTS + 1)} - {0})
+    everywhere: list[str] = []
+    for group, count in itertools.chain([(None, 0)], itertools.product(by_worth, counts)):
+        some = [] if group is None else list(GROUPS[group])
+        small = ["lora_hidden"] if some or everywhere else []
+        kept = [
+            {"block_input", *small, *everywhere, *(some if _spread(layer, count, layers) else [])}
+            for layer in range(layers)
+        ]
+        for policy in _offloading(kept, counts if problem.offloads else [], costs):
+            yield _estimate(problem, costs, Layout(rows, policy), policy)
+        if count == layers:
+            everywhere += some
+
+
+def _offloading(kept: Sequence[set[str]], counts: Sequence[int], costs: Costs) -> Iterator[Policy]:
+    """With the same activations kept: none offloaded, then more and more of them."""
+    layers, sizes = len(kept), costs.work.activation_bytes
+    yield Policy(tuple(LayerPolicy(saved=frozenset(names)) for names in kept))
+    everywhere: list[str] = []
+    for name in OFFLOADED:
+        if not any(name in names for names in kept):
+            continue
+        for count in counts:
+            away = [
+                {
+                    one
+                    for one in (*everywhere, *([name] if _spread(layer, count, layers) else []))
+                    if one in kept[layer]
+                }
+                for layer in range(layers)
+            ]
+            most = max(sum(sizes[one] for one in names) for names in away)
+            yield Policy(
+                tuple(
+                    LayerPolicy(saved=frozenset(names - gone), offloaded=frozenset(gone))
+                    for names, gone in zip(kept, away, strict=True)
+                ),
+                copy_span=1 if costs.copied(most) <= costs.layer_forward else 2,
+            )
+        everywhere.append(name)
+
+
+def _spread(layer: int, count: int, layers: int) -> bool:
+    """Whether a layer is one of `count` that are spread evenly over all."""
+    return (layer + 1) * count // layers > layer * count // layers
+
+
+def _estimate(problem: Problem, costs: Costs, layout: Layout, policy: Policy) -> Estimate:
+    work, micro_batches = costs.work, problem.rows // layout.rows
+    sizes, again = work.activation_bytes, costs.recomputed
+    step = saved = host = largest = 0.0
+    behind_forward = behind_backward = copies = 0.0
+    for index, layer in enumerate(policy.layers):
+        away = layer.offloaded if index + 1 < len(policy.layers) else frozenset()
+        names = set(sizes) if layer.everything else layer.saved | (layer.offloaded - away)
+        saved += sum(sizes[name] for name in names)
+        travelling = sum(sizes[name] for name in away)
+        host, largest = host + travelling, max(largest, travelling)
+        kept = names | away
+        missing = sum(again[group] for group, members in GROUPS.items() if not kept.issuperset(members))
+        forward, backward = costs.layer_forward, costs.layer_backward + missing
+        step += forward + backward
+        copy = costs.copied(travelling)
+        copies += copy
+        if policy.copy_span == 1:
+            behind_forward += max(0.0, copy - forward)
+            behind_backward += max(0.0, copy - backward)
+        else:
+            behind_forward += copy - forward
+            behind_backward += copy - backward
+    step += max(0.0, behind_forward) + max(0.0, behind_backward) + COPY_COST * copies
+    seconds = micro_batches * (step + costs.micro_batch) + costs.update
+    under_way = min(policy.copy_span + 1, len(policy.layers) - 1) * largest
+    workspace = _workspace(work, policy) + 4 * work.trainable * (1 if micro_batches == 1 else 2)
+    device = Breakdown(*problem.fixed, int(saved + under_way), int(workspace))
+    return Estimate(layout, micro_batches, seconds, device, int(host))
+
+
+def _workspace(work: Workload, policy: Policy) -> float:
+    """The most that a layer's backward pass, or the head's loss, needs besides what is kept.
+
+    Counted in activations of width D and F, as compiled for an H200.
+    """
+    hidden = work.tokens * work.itemsize * work.options.hidden_size
+    inner = work.tokens * work.itemsize * work.options.intermediate_size
+    logits = work.tokens * work.itemsize * work.options.vocab_size
+    loss = min(logits, LOGITS_CHUNK) + 2.5 * hidden
+    most = loss
+    for layer in policy.layers:
+        kept = layer.saved | layer.offloaded
+        gates = 0 if layer.everything else ("gate" not in kept) + ("up" not in kept)
+        attention = 0 if layer.everything or "attention_output" in kept else 1
+        most = max(most, inner * (1 + gates) + hidden * (2.4 + 2.2 * attention + 1.5 * gates))
+    return most
