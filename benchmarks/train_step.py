@@ -4,11 +4,11 @@
 
 Each argument is MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION; MODEL is 1b or 8b (Llama 3.2 1B and Llama 3.1 8B
 with a tied head) or tiny. BATCH is a number of rows, or 4x2: four micro-batches of two rows. CHECKPOINTING is
-a preset, or what is done with activations: gate=save+block_input=offload (the rest is recomputed). LoRA of
-rank 32 on all projections, bfloat16 (float32 on a CPU), AdamW, random tokens, every one a target; --segments
-puts that many equal documents on a row. The program is that of lorajax.train. Each case runs in a process of
-its own, so that its peak memory is its own. Steps are queued as in a run, STEPS at a time; the median is of
-ROUNDS such runs. The kernels that a step is made of:
+a preset, what is planned within a budget (auto@5.06GiB), or what is done with activations, the rest being
+recomputed: gate=save+block_input=offload. LoRA of rank 32 on all projections, bfloat16 (float32 on a CPU),
+AdamW, random tokens, every one a target; --segments puts that many equal documents on a row. The program is
+that of lorajax.train. Each case runs in a process of its own, so that its peak memory is its own. Steps are
+queued as in a run, STEPS at a time; the median is of ROUNDS such runs. The kernels that a step is made of:
 
     export XLA_FLAGS=--xla_gpu_enable_command_buffer=
     python benchmarks/train_step.py CASE --here --profile kernels.json
@@ -62,15 +62,19 @@ def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
 
     from lorajax.config import load_config
     from lorajax.lora.adapter import add_lora
+    from lorajax.memory.machine import claim_gpu_memory
     from lorajax.models.checkpoint import initialise
     from lorajax.sharding import data_mesh, rows
     from lorajax.training.inputs import RunShape
     from lorajax.training.metrics import peak_memory_bytes
-    from lorajax.training.program import compile_step, first_state
+    from lorajax.training.planning import planned
+    from lorajax.training.program import compile_planned, first_state
     from lorajax.training.weights import split_weights
 
     name, batch, length, checkpointing, attention = case.split(",")
     micro_batches, rows_each = batch.split("x") if "x" in batch else ("1", batch)
+    checkpointing, _, budget = checkpointing.partition("@")
+    claim_gpu_memory(budget or None)
     if "=" in checkpointing:
         checkpointing = json.dumps(dict(pair.split("=") for pair in checkpointing.split("+")))
     settings = {
@@ -83,19 +87,15 @@ def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
         "train.gradient_accumulation_steps": micro_batches,
         "memory.checkpointing": checkpointing,
         "output.output_dir": "unused",
-    }
+    } | ({"memory.budget": budget} if budget else {})
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(hf_config(name)))
         config = load_config(None, [f"--{k}={v}" for k, v in (settings | {"model.path": folder}).items()])
         model = initialise(folder, dtype=config.model.dtype, attention=attention, seed=0)
     add_lora(model, config.lora, seed=0)
-    vocab, shape = (
-        model.options.vocab_size,
-        (int(micro_batches), int(rows_each) * jax.device_count(), int(length)),
-    )
+    vocab = model.options.vocab_size
+    shape = (int(micro_batches), int(rows_each) * jax.device_count(), int(length))
     run = RunShape(config=config, mesh=data_mesh(), total_steps=1000)
-    graph, trainable, frozen = split_weights(model, "lora")
-    del model
     random = np.random.default_rng(0)
     ids, place = np.divmod(np.arange(shape[2]), -(-shape[2] // segments))
     arrays = {
@@ -105,11 +105,17 @@ def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
         "positions": np.broadcast_to(place, shape).astype(np.int32),
         "weights": np.ones(shape, np.float32),
     }
-    on_devices = jax.device_put(arrays, rows(run.mesh))
+    plan, run = planned(run, model)
+    graph, trainable, frozen = split_weights(model, "lora")
+    del model
     state = first_state(run, trainable)
     began = time.perf_counter()
-    program = compile_step(run, graph, state, frozen, on_devices)
+    run, program, plan = compile_planned(run, plan, graph, state, frozen)
     compiled = time.perf_counter() - began
+    shape = (run.micro_batches, run.rows_per_micro_batch, int(length))
+    on_devices = jax.device_put(
+        {name: array.reshape(shape) for name, array in arrays.items()}, rows(run.mesh)
+    )
 
     def run_steps(steps: int) -> Any:
         nonlocal state
@@ -131,11 +137,13 @@ def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
         Path(profile).write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
     return {
         "model": name,
-        "batch": int(rows_each),
-        "micro_batches": int(micro_batches),
+        "batch": run.layout.rows,
+        "micro_batches": run.micro_batches,
         "length": int(length),
         "segments": segments,
         "checkpointing": checkpointing,
+        "budget": budget or None,
+        "plan": plan and plan.lines(),
         "attention": attention,
         "ms": round(1e3 * median, 2),
         "slowest_ms": round(1e3 * max(seconds), 2),

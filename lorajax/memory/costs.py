@@ -49,7 +49,7 @@ class Efficiency:
     link: float
 
 
-EFFICIENCY = Efficiency(products=0.94, attention={0: 0.45, 80: 0.55, 128: 0.67}, passes=0.80, link=0.90)
+EFFICIENCY = Efficiency(products=0.94, attention={0: 0.45, 80: 0.55, 128: 0.67}, passes=0.80, link=0.95)
 # The backward pass of attention makes five products where the forward pass makes two, in more time each.
 ATTENTION_BACKWARD = 3.3
 # Passes over activations of width D and F in a layer's forward and backward pass, each reading or writing its

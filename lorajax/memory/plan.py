@@ -10,7 +10,6 @@ from flax import nnx
 
 from lorajax.config import Config
 from lorajax.errors import UserError
-from lorajax.lora.adapter import outline_lora
 from lorajax.memory.costs import Rates, workload
 from lorajax.memory.planner import Estimate, Problem, estimate, estimates, micro_batch_counts
 from lorajax.memory.policy import ACTIVATIONS, Layout, Policy
@@ -22,22 +21,20 @@ _MOMENTS = 2
 
 
 def problem_of(
-    config: Config, outline: Decoder, *, rates: Rates, offloads: bool, context: int | None = None
+    config: Config, model: Decoder, *, rates: Rates, offloads: bool, context: int | None = None
 ) -> Problem:
     """What a run has to be planned for.
 
     Args:
         config: the run's; its micro-batches may be chosen where memory.checkpointing is "auto".
-        outline: the model without weights (lorajax.models.checkpoint.outline).
+        model: with its adapter; arrays may be shapes (lorajax.models.checkpoint.outline).
         rates: of the machine.
         offloads: whether activations can go to host memory.
         context: tokens of the longest document on a row; None: a whole row.
     """
     train, length = config.train, config.data.max_length
-    if train.mode == "lora":
-        outline_lora(outline, config.lora)
     trained = LoRAParam if train.mode == "lora" else nnx.Param
-    _, trainable, frozen = nnx.split(outline, trained, ...)  # type: ignore[misc]
+    _, trainable, frozen = nnx.split(model, trained, ...)  # type: ignore[misc]
     count = sum(leaf.size for leaf in _leaves(trainable))
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in _leaves(frozen))
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
@@ -45,7 +42,7 @@ def problem_of(
     free = config.memory.checkpointing == "auto"
     return Problem(
         workload=lambda rows: workload(
-            outline,
+            model,
             weights=weights,
             trainable=count,
             rows=rows,

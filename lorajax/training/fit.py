@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,7 +42,7 @@ from lorajax.training.metrics import (
     truncate_metrics,
 )
 from lorajax.training.planning import planned
-from lorajax.training.program import compile_planned, first_state, make_evaluation, use_compilation_cache
+from lorajax.training.program import Program, compile_planned, first_state, use_compilation_cache
 from lorajax.training.progress import NotFinite, Progress, Totals
 from lorajax.training.signals import StopRequest
 from lorajax.training.step import TrainState
@@ -71,6 +71,8 @@ class Result:
         seconds: spent in this process' training steps.
         tokens_per_second: of them, padding not counted; 0 where there were none.
         peak_memory_bytes: of the first GPU, or, on a CPU, of the process.
+        planned_memory_bytes: what the compiled programs take of a GPU; None where there is nothing to train,
+            or on a CPU.
         stopped_by: the signal that ended the run early; None: it is complete.
     """
 
@@ -82,6 +84,7 @@ class Result:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
+    planned_memory_bytes: int | None
     stopped_by: signal.Signals | None
 
 
@@ -105,7 +108,7 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
     check_trackers(config.output.report_to)
     checkpoint = check_folder(config)
     inputs = prepare(config)
-    plan, inputs = planned(inputs)
+    plan, inputs = planned(inputs, inputs.outline)
     position = None if checkpoint is None else _position(checkpoint, inputs)
     model = _load_model(inputs)
     before = _answers(inputs, model)
@@ -126,26 +129,27 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
         truncate_metrics(folder.metrics, position.step)
 
     try:
-        state, step, totals, stopped_by = _train(inputs, plan, folder, graph, state, frozen, position)
+        done = _train(inputs, plan, folder, graph, state, frozen, position)
     except NotFinite as error:
         raise UserError(f"{error}; {_what_is_kept(folder)}") from None
 
-    model = merge_weights(graph, state.trainable, frozen)
+    model = merge_weights(graph, done.state.trainable, frozen)
     samples: list[Sample] = []
-    if stopped_by is None:
+    if done.stopped_by is None:
         texts = zip(config.output.sample_prompts, before, _answers(inputs, model), strict=True)
         samples = [Sample(*answers) for answers in texts]
         _write_outcome(inputs, folder, model, samples)
     result = Result(
         model=model,
         output_dir=folder.path,
-        steps=step,
+        steps=done.step,
         metrics=read_metrics(folder.metrics),
         samples=samples,
-        seconds=totals.seconds,
-        tokens_per_second=totals.tokens / totals.seconds if totals.seconds else 0.0,
+        seconds=done.totals.seconds,
+        tokens_per_second=done.totals.tokens / done.totals.seconds if done.totals.seconds else 0.0,
         peak_memory_bytes=peak_memory_bytes(),
-        stopped_by=stopped_by,
+        planned_memory_bytes=done.planned,
+        stopped_by=done.stopped_by,
     )
     print(_closing_line(result, folder, config))
     return result
@@ -163,6 +167,16 @@ def dry_run(config: Config) -> str:
     return dry_run_text(prepare(config))
 
 
+class _Trained(NamedTuple):
+    """Of the loop: the state, steps made, totals, the signal that ended it early, planned bytes of a GPU."""
+
+    state: TrainState
+    step: int
+    totals: Totals
+    stopped_by: signal.Signals | None
+    planned: int | None
+
+
 def _train(
     inputs: Inputs,
     plan: Plan | None,
@@ -171,8 +185,8 @@ def _train(
     state: TrainState,
     frozen: Weights,
     position: Position | None,
-) -> tuple[TrainState, int, Totals, signal.Signals | None]:
-    """The loop: (state, steps made, totals, the signal that ended it early).
+) -> _Trained:
+    """The loop.
 
     A step is started before the metrics of the one before it are read, and its batch is made while the device
     is busy. What is logged up to a step is written before that step's checkpoint.
@@ -181,10 +195,12 @@ def _train(
     train, output = config.train, config.output
     step = 0 if position is None else position.step
     if step == total:
-        return state, step, Totals(), None
+        return _Trained(state, step, Totals(), None, None)
     with contextlib.ExitStack() as stack:
         began = time.perf_counter()
-        inputs, program, plan = compile_planned(inputs, plan, graph, state, frozen)
+        inputs, program, plan = compile_planned(
+            inputs, plan, graph, state, frozen, evaluates=inputs.documents.eval is not None
+        )
         trainable = count(state.trainable)
         total_parameters = trainable + count(frozen)
         print(banner(inputs, plan, trainable=trainable, total=total_parameters, memory=program.memory))
@@ -201,7 +217,7 @@ def _train(
         # Outermost, so that no signal ends the process while the last checkpoint is written.
         stop = stack.enter_context(StopRequest())
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, keep=output.save_total_limit))
-        evaluate = _evaluator(inputs, graph, frozen, progress)
+        evaluate = _evaluator(inputs, program, frozen, progress)
         if step == 0 and train.eval_steps > 0:
             evaluate(step, state)
         progress.restart_clock()
@@ -222,7 +238,8 @@ def _train(
             if last:
                 break
             batch = next(batches)
-    return state, step, progress.totals, None if step == total else stop.signal
+    stopped_by = None if step == total else stop.signal
+    return _Trained(state, step, progress.totals, stopped_by, None if plan is None else plan.compiled)
 
 
 def _load_model(inputs: Inputs) -> Decoder:
@@ -276,13 +293,13 @@ def _what_is_kept(folder: RunFolder) -> str:
 
 
 def _evaluator(
-    inputs: Inputs, graph: Any, frozen: Weights, progress: Progress
+    inputs: Inputs, program: Program, frozen: Weights, progress: Progress
 ) -> Callable[[int, TrainState], None]:
     """evaluate(step, state): writes the loss on the held-out documents; does nothing where there are none."""
-    summed = make_evaluation(inputs, graph)
+    summed = program.evaluate
 
     def evaluate(step: int, state: TrainState) -> None:
-        if inputs.documents.eval is None:
+        if summed is None:
             return
         began, losses, targets = time.perf_counter(), [], 0
         for batch, _, target_tokens in evaluation_batches(inputs):
@@ -333,6 +350,7 @@ def _closing_line(result: Result, folder: RunFolder, config: Config) -> str:
         if values:
             first_and_last = values if len(values) == 1 else (values[0], values[-1])
             parts.append(f"{name} {' -> '.join(f'{value:.3f}' for value in first_and_last)}")
-    parts.append(f"peak memory {gib(result.peak_memory_bytes)}")
+    planned = "" if result.planned_memory_bytes is None else f", planned {gib(result.planned_memory_bytes)}"
+    parts.append(f"peak memory {gib(result.peak_memory_bytes)}{planned}")
     where = folder.adapter if config.train.mode == "lora" else folder.model
     return f"\n{'; '.join(parts)}\nwritten to {where}"

@@ -26,6 +26,7 @@ from lorajax.data import (
     packing_stats,
 )
 from lorajax.errors import UserError
+from lorajax.lora.adapter import outline_lora
 from lorajax.memory.policy import Layout
 from lorajax.models.checkpoint import outline, resolve
 from lorajax.models.decoder import Decoder
@@ -93,7 +94,7 @@ class Inputs(RunShape):
 
     Attributes:
         model_path: local folder or file of the model.
-        outline: the model without its weights.
+        outline: the model and its adapter without their weights.
         attention: the implementation that serves it, and why others do not.
         tokenizer: the model's; its chat template is the one in use.
         documents: for training and evaluation.
@@ -146,6 +147,8 @@ def prepare(config: Config) -> Inputs:
     mesh, data, train = data_mesh(), config.data, config.train
     path = resolve(config.model.path, weights=train.init == "pretrained")
     model = outline(path, dtype=config.model.dtype, attention=config.model.attention)
+    if train.mode == "lora":
+        outline_lora(model, config.lora)
     attention = _choose_attention(config, model, mesh)
     tokenizer = load_tokenizer(config.model.tokenizer or path)
     if len(tokenizer) > model.options.vocab_size:

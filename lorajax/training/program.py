@@ -49,17 +49,22 @@ class Memory:
         return self.arguments + self.temporaries
 
 
+Evaluation = Callable[[Weights, Weights, Batch], Float[Array, ""]]
+
+
 @dataclass(frozen=True)
 class Program:
-    """The training step of a run, compiled.
+    """What a run does with a batch, compiled.
 
     Attributes:
         step: (state, frozen, batch) -> (state, metrics); the state that goes in is gone afterwards.
-        memory: what it takes.
+        memory: the most that it takes, evaluation included.
+        evaluate: (trainable, frozen, batch [1, B, T]) -> summed loss of the batch; None: not asked for.
     """
 
     step: Callable[[TrainState, Weights, Batch], tuple[TrainState, StepMetrics]]
     memory: Memory
+    evaluate: Evaluation | None = None
 
 
 def first_state(run: RunShape, trainable: Weights) -> TrainState:
@@ -105,12 +110,13 @@ def compile_step(
 
 
 def compile_planned(
-    run: R, plan: Plan | None, graph: Any, state: TrainState, frozen: Weights
+    run: R, plan: Plan | None, graph: Any, state: TrainState, frozen: Weights, *, evaluates: bool = False
 ) -> tuple[R, Program, Plan | None]:
     """Compile the step of a plan, and plan again while XLA finds that it takes more than there is.
 
     Args:
         plan: None where memory is not planned: the run's layout is the config's then.
+        evaluates: compile the evaluation too.
 
     Returns:
         The run with the layout that was compiled, its step, and the plan with what the step takes.
@@ -119,10 +125,10 @@ def compile_planned(
         UserError: the layout that the config asks for does not fit, or nothing does.
     """
     if plan is None:
-        return run, compile_step(run, graph, state, frozen), None
+        return run, _compile_all(run, graph, state, frozen, evaluates), None
     while True:
         planned = dataclasses.replace(run, planned=plan.chosen.layout)
-        program = compile_step(planned, graph, state, frozen)
+        program = _compile_all(planned, graph, state, frozen, evaluates)
         plan = plan.checked(program.memory.total)
         if plan.fits(plan.chosen):
             return planned, program, plan
@@ -131,26 +137,42 @@ def compile_planned(
         plan = choose_again(plan)
 
 
-def batch_shapes(run: RunShape) -> Batch:
+def _compile_all(run: RunShape, graph: Any, state: TrainState, frozen: Weights, evaluates: bool) -> Program:
+    program = compile_step(run, graph, state, frozen)
+    if not evaluates:
+        return program
+    evaluate, memory = compile_evaluation(run, graph, state, frozen)
+    most = max(program.memory.temporaries, memory.temporaries)
+    return Program(program.step, dataclasses.replace(program.memory, temporaries=most), evaluate)
+
+
+def batch_shapes(run: RunShape, *, micro_batches: int | None = None) -> Batch:
     """A step's batch, shapes in place of arrays."""
-    shape, split = (run.micro_batches, run.rows_per_micro_batch, run.config.data.max_length), rows(run.mesh)
+    count = run.micro_batches if micro_batches is None else micro_batches
+    shape, split = (count, run.rows_per_micro_batch, run.config.data.max_length), rows(run.mesh)
     dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
     dtypes["weights"] = jnp.float32
     shapes: Any = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in dtypes.items()}
     return shapes
 
 
-def make_evaluation(run: RunShape, graph: Any) -> Callable[[Weights, Weights, Batch], Float[Array, ""]]:
-    """(trainable, frozen, batch [1, B, T]) -> summed loss of the batch; compiled at its first use."""
+def compile_evaluation(
+    run: RunShape, graph: Any, state: TrainState, frozen: Weights
+) -> tuple[Evaluation, Memory]:
+    """Compile the summed loss of a micro-batch, and say what it takes beside a step's state.
 
-    @jax.jit
+    Args: as in compile_step.
+    """
+
     def evaluate(trainable: Weights, frozen: Weights, batch: Batch) -> Array:
         model = merge_weights(graph, trainable, frozen)
         first = {name: array[0] for name, array in batch.items()}
         with split_over(run.mesh.size):
             return loss_sum(model, first, mesh=run.mesh, max_segments=run.max_segments)
 
-    return evaluate
+    batch = batch_shapes(run, micro_batches=1)
+    compiled = jax.jit(evaluate).lower(state.trainable, frozen, batch).compile()
+    return compiled, _memory(compiled)
 
 
 def _memory(compiled: Any) -> Memory:

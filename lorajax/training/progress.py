@@ -105,7 +105,9 @@ class Progress:
         self._window_tokens += tokens
         self._window_steps += 1
         rate = self._window_tokens / self._window_seconds
-        self._bar.set_postfix_str(f"loss {metrics.loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        peak = peak_memory_bytes()
+        status = f"loss {metrics.loss:.3f}, {rate:,.0f} tokens/s, peak {peak / 2**30:.2f} GiB"
+        self._bar.set_postfix_str(status, refresh=False)
         self._bar.update(step - self._bar.n)
         if step % self._every and step not in (1, self._total):
             return
@@ -118,7 +120,7 @@ class Progress:
             "target_tokens": target_tokens,
             "step_seconds": self._window_seconds / self._window_steps,
             "tokens_per_second": rate,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak,
         }
         if self._scaled:
             row["loss_scale"] = metrics.loss_scale
