@@ -58,9 +58,37 @@ class Device:
         return jnp.dtype(jnp.float16 if is_old else jnp.bfloat16)
 
 
-@functools.cache
+_assumed: contextvars.ContextVar[Device | None] = contextvars.ContextVar(
+    "lorajax_kernels.assumed", default=None
+)
+
+
+@contextlib.contextmanager
+def assume(device: Device) -> Iterator[None]:
+    """Ops traced in this context are compiled for a device that is not here, to see what they take.
+
+    They choose as they would there. Kernels of libraries that are missing here are stood in for by calls of
+    the same operands, results and workspace, which nothing can run.
+    """
+    token = _assumed.set(device)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def is_assumed() -> bool:
+    """Whether programs are compiled for a device that is not here."""
+    return _assumed.get() is not None
+
+
 def current_device() -> Device:
     """The device that JAX computes on by default; all of a machine's are taken to be alike."""
+    return _assumed.get() or _device_at_hand()
+
+
+@functools.cache
+def _device_at_hand() -> Device:
     device = jax.local_devices()[0]
     capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     if device.platform != "gpu" or capability is None:
@@ -72,7 +100,7 @@ def current_device() -> Device:
         compute_capability,
         _cudnn_version(),
         no_triton=_why_no_triton(compute_capability),
-        no_mosaic=_why_no_mosaic(compute_capability),
+        no_mosaic=why_no_mosaic(compute_capability),
     )
 
 
@@ -99,7 +127,8 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _why_no_mosaic(compute_capability: tuple[int, int]) -> str | None:
+def why_no_mosaic(compute_capability: tuple[int, int]) -> str | None:
+    """Why Mosaic GPU kernels cannot run on GPUs of a compute capability; None if they can."""
     if compute_capability < HOPPER:
         return f"Mosaic GPU needs compute capability 9.0, this GPU has {_dotted(compute_capability)}"
     if compute_capability[0] > BLACKWELL[0]:

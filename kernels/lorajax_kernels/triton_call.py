@@ -1,14 +1,18 @@
 """How a Triton kernel is launched from JAX, whichever jax-triton is installed.
 
-Modules of kernels import triton at their top, so they are imported only where a kernel is about to run.
+Modules of kernels import triton at their top, so they are loaded only where a kernel is about to run.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
+import jax
 from jaxtyping import Array
+
+from lorajax_kernels.device import is_assumed
 
 # Of CUtensorMapDataType in the CUDA driver's API.
 _TMA_TF32 = 11
@@ -46,6 +50,8 @@ def triton_call(
     Returns:
         Arrays of the structure of out_shape.
     """
+    if is_assumed():
+        return stand_in(*operands, out_shape=out_shape, input_output_aliases=input_output_aliases)
     library, spelling = _jax_triton()
     if input_output_aliases and passes_aliased_outputs():
         kernel = kernel_for_0_3
@@ -60,6 +66,33 @@ def triton_call(
         **{spelling: out_shape},
         **constants,
     )
+
+
+def stand_in(
+    *operands: Array | int | float, out_shape: Any, input_output_aliases: dict[int, int] | None = None
+) -> Any:
+    """What XLA sees of a kernel: operands, results and aliases as in triton_call. It cannot run."""
+    arrays = [operand for operand in operands if not isinstance(operand, int | float)]
+    shapes, tree = jax.tree.flatten(out_shape)
+    # Where jax-triton's calls go; what a call holds is read when it runs.
+    call = jax.ffi.ffi_call(
+        "triton_kernel_call",
+        shapes,
+        input_output_aliases=input_output_aliases,
+        custom_call_api_version=2,
+        legacy_backend_config="",
+    )
+    return jax.tree.unflatten(tree, call(*arrays))
+
+
+def load_kernels(module: str) -> Any:
+    """A module of kernels; without Triton, where they are stood in for, something that has every name."""
+    return _AnyName() if is_assumed() else importlib.import_module(module)
+
+
+class _AnyName:
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def passes_aliased_outputs() -> bool:

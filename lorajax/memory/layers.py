@@ -136,6 +136,8 @@ def _with_policy(
             # The leaves too: otherwise what is made of them alone is kept from the forward pass.
             own, here, dy = jax.lax.optimization_barrier((leaves[index], kept[index].values, dy))
             gradient, dy = traces[index].backward(own, index, here, policy.layers[index], dy)
+            # The adapters' gradients now: XLA likes to make them all at the end, from inputs that it keeps.
+            gradient, dy = jax.lax.optimization_barrier((gradient, dy))
             gradients.append(gradient)
             if index:
                 dy = kept[index - 1].tied_to(dy)

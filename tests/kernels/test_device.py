@@ -28,7 +28,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(jax, "local_devices", lambda: [fake])
         monkeypatch.setattr(jax._src.lib, "cuda_versions", versions)
         monkeypatch.setattr(device, "_is_installed", packages.__contains__)
-        return device.current_device.__wrapped__()
+        return device._device_at_hand.__wrapped__()
 
     return pretend
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from lorajax_kernels import segments
 from lorajax_kernels.attention.problem import Problem
 from lorajax_kernels.device import Device, current_device
-from lorajax_kernels.triton_call import block_for, triton_call
+from lorajax_kernels.triton_call import block_for, load_kernels, triton_call
 
 MAX_HEAD_DIM = 256
 
@@ -212,8 +212,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _forward(plan: _Plan, q: Queries, k: Keys, v: Keys, first: PerToken) -> tuple[Queries, PerQuery]:
     """Output, and the log-sum-exp of each row to base 2 in float32."""
-    from lorajax_kernels.attention import triton_kernels
-
+    triton_kernels = load_kernels("lorajax_kernels.attention.triton_kernels")
     batch, length, heads, _ = q.shape
     blocks = plan.blocks.forward
     return triton_call(
@@ -236,8 +235,7 @@ def _dq(
     dout: Queries,
 ) -> tuple[Queries, PerQuery]:
     """dq, and delta: the sum of dout * out of each row in float32."""
-    from lorajax_kernels.attention import triton_kernels
-
+    triton_kernels = load_kernels("lorajax_kernels.attention.triton_kernels")
     batch, length, heads, _ = q.shape
     blocks = plan.blocks.dq
     return triton_call(
@@ -260,8 +258,7 @@ def _dkv(
     delta: PerQuery,
     dout: Queries,
 ) -> tuple[Keys, Keys]:
-    from lorajax_kernels.attention import triton_kernels
-
+    triton_kernels = load_kernels("lorajax_kernels.attention.triton_kernels")
     batch, length, kv_heads, _ = k.shape
     blocks = plan.blocks.dkv
     return triton_call(

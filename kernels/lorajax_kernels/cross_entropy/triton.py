@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lorajax_kernels.device import Device
-from lorajax_kernels.triton_call import block_for, triton_call
+from lorajax_kernels.triton_call import block_for, load_kernels, triton_call
 
 if TYPE_CHECKING:
     from lorajax_kernels.cross_entropy import Problem
@@ -53,8 +53,7 @@ def triton_loss_and_gradient(
     tiling: Tiling | None = None,
 ) -> tuple[Float[Array, " rows"], Float[Array, "rows V"]]:
     """See xla_loss_and_gradient; dtype is that of the logits, and rows of weight 0 keep their logits."""
-    from lorajax_kernels.cross_entropy import triton_kernels
-
+    triton_kernels = load_kernels("lorajax_kernels.cross_entropy.triton_kernels")
     if dtype != logits.dtype:
         raise ValueError(f"the gradient of {logits.dtype} logits cannot be {dtype}")
     rows, vocab = logits.shape

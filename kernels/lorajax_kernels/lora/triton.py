@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lorajax_kernels.device import Device
-from lorajax_kernels.triton_call import block_for, triton_call
+from lorajax_kernels.triton_call import block_for, load_kernels, triton_call
 
 if TYPE_CHECKING:
     from lorajax_kernels.lora import Problem
@@ -86,8 +86,7 @@ def triton_hidden_and_b(
     tiling: Tiling | None = None,
 ) -> tuple[Float[Array, "rows R"], Float[Array, "out R"]]:
     """See xla_hidden_and_b."""
-    from lorajax_kernels.lora import triton_kernels
-
+    triton_kernels = load_kernels("lorajax_kernels.lora.triton_kernels")
     tiling = tiling or TILING
     (rows, out), rank = dy.shape, b.shape[1]
     block_r = block_for(rank)
@@ -120,8 +119,7 @@ def triton_hidden_and_joined(
     x: Float[Array, "rows in"], a: Float[Array, "R in"], *, tiling: JoinTiling | None = None
 ) -> tuple[Float[Array, "rows R"], Float[Array, "rows joined"]]:
     """u = x a^T in x's dtype, and x with u beside it; all of one dtype."""
-    from lorajax_kernels.lora import triton_kernels
-
+    triton_kernels = load_kernels("lorajax_kernels.lora.triton_kernels")
     tiling = tiling or JOIN_TILING
     (rows, width), rank = x.shape, a.shape[0]
     return triton_call(
@@ -153,8 +151,7 @@ def triton_swiglu_backward(
 
     dup takes the memory of dh, dgate that of gate, and h that of up.
     """
-    from lorajax_kernels.lora import triton_kernels
-
+    triton_kernels = load_kernels("lorajax_kernels.lora.triton_kernels")
     dup, dgate, h = triton_call(
         triton_kernels.swiglu_backward_kernel,
         *(dh, gate, up),

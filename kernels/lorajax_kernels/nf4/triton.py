@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from lorajax_kernels.device import Device
 from lorajax_kernels.nf4.reference import BLOCK, CODE
-from lorajax_kernels.triton_call import triton_call
+from lorajax_kernels.triton_call import load_kernels, triton_call
 
 if TYPE_CHECKING:
     from lorajax_kernels.nf4 import NF4Weight, Problem
@@ -54,8 +54,7 @@ def why_not(problem: Problem, device: Device) -> str | None:
 
 def triton_dequantize(q: NF4Weight, dtype: jnp.dtype) -> Float[Array, "out in"]:
     """See dequantize_nf4."""
-    from lorajax_kernels.nf4.triton_kernels import dequantize_kernel
-
+    dequantize_kernel = load_kernels("lorajax_kernels.nf4.triton_kernels").dequantize_kernel
     tiling = TILINGS[jnp.dtype(dtype).itemsize]
     total = math.prod(q.shape) // PER_WORD
     nested: tuple[Any, ...] = (q.absmax2, q.absmax_code, q.offset)
