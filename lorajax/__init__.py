@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lorajax.lora.peft import load_adapter, save_adapter
     from lorajax.models.checkpoint import load, save_merged
     from lorajax.training.fit import fit
+    from lorajax.training.planning import plan_memory
 
 # Public name -> its module. Imported at first use, so that `--help` and a mistake in a config answer at once.
 _HOMES = {
@@ -21,6 +22,7 @@ _HOMES = {
     "load": "lorajax.models.checkpoint",
     "load_adapter": "lorajax.lora.peft",
     "load_tokenizer": "lorajax.data.tokenizer",
+    "plan_memory": "lorajax.training.planning",
     "save_adapter": "lorajax.lora.peft",
     "save_merged": "lorajax.models.checkpoint",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "load",
     "load_adapter",
     "load_tokenizer",
+    "plan_memory",
     "save_adapter",
     "save_merged",
 ]

@@ -18,12 +18,12 @@ from lorajax.config import DataConfig
 
 # Most of the time goes into making programs fast that then run for milliseconds: into LLVM's optimisation on
 # a CPU, and on a GPU into timing the ways to multiply.
-_QUICK = (
-    "--xla_backend_optimization_level=0"
-    if shutil.which("nvidia-smi") is None
-    else "--xla_gpu_autotune_level=0"
-)
+_HAS_GPU = shutil.which("nvidia-smi") is not None
+_QUICK = "--xla_gpu_autotune_level=0" if _HAS_GPU else "--xla_backend_optimization_level=0"
 os.environ.setdefault("XLA_FLAGS", _QUICK)
+if not _HAS_GPU:
+    # JAX' CUDA plugin, which tests compile with, complains in every process of the libraries it lacks.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 LINES = [
     "The quick brown fox jumps over the lazy dog.",

@@ -23,6 +23,7 @@ def test_metadata():
     assert set(metadata("lorajax").get_all("Provides-Extra")) == {
         "cuda12",
         "cuda13",
+        "plan",
         "test",
         "notebook",
         "tracking",

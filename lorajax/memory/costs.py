@@ -222,7 +222,9 @@ def workload(
     ranks = {}
     for path, linear in model.linears().items():
         if path.startswith("layers.0."):
-            ranks[path.rpartition(".")[2]] = 0 if linear.lora_a is None else linear.lora_a[...].shape[0]
+            ranks[path.rpartition(".")[2]] = (
+                0 if linear.lora_a is None else linear.lora_a.get_value().shape[0]
+            )
     return Workload(
         options=model.options,
         ranks=ranks,

@@ -124,6 +124,12 @@ class Plan:
             **describe(policy),
         }
 
+    def table(self) -> str:
+        """The lines, one below the other."""
+        lines = self.lines()
+        width = max(map(len, lines))
+        return "\n".join(f"{name:>{width}}  {text}" for name, text in lines.items())
+
     def frontier(self, count: int = 12) -> str:
         """The options as a table: memory against speed, from the largest to the smallest."""
         rows = ["     GPU     host  micro-batches   tokens/s a GPU  kept"]
@@ -137,8 +143,15 @@ class Plan:
         return "\n".join(rows)
 
     def plot(self, path: str | Path) -> None:
-        """Draw the frontier, memory against tokens/s, with the budget and the choice."""
-        from matplotlib.figure import Figure
+        """Draw the frontier, memory against tokens/s, with the budget and the choice.
+
+        Raises:
+            UserError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise UserError("a picture needs matplotlib: pip install 'lorajax[plan]'") from None
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()

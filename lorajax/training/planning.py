@@ -3,18 +3,98 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import jax
 from lorajax_kernels.device import current_device
 
+from lorajax.config import Config, parse_size
 from lorajax.errors import UserError
-from lorajax.memory.machine import gpu_limit, host_limit, machine_rates, offloads
-from lorajax.memory.plan import Plan, make_plan, problem_of
+from lorajax.lora.adapter import outline_lora
+from lorajax.memory.elsewhere import compile_elsewhere
+from lorajax.memory.machine import (
+    CONTEXT_BYTES,
+    SLACK,
+    gpu_limit,
+    host_limit,
+    machine_rates,
+    offloads,
+)
+from lorajax.memory.plan import Plan, choose_again, make_plan, problem_of, refusal
 from lorajax.memory.policy import Layout
+from lorajax.memory.targets import TARGETS, Target, find_target
+from lorajax.models.checkpoint import outline
 from lorajax.models.decoder import Decoder
+from lorajax.sharding import data_mesh, replicated
 from lorajax.training.inputs import RunShape
+from lorajax.training.program import compile_planned, state_shapes
+from lorajax.training.weights import split_weights
 
 R = TypeVar("R", bound=RunShape)
+
+# Taken for the host memory of a machine that is not here.
+_HOST_ELSEWHERE = 64 * 2**30
+
+
+def plan_memory(config: Config, device: str = "auto", *, compiles: bool = True) -> Plan:
+    """Plan a run's memory without its weights or data.
+
+    Args:
+        config: the run's; of the model its configuration alone is read.
+        device: "auto": the GPU at hand; or a name of lorajax.memory.targets, which need not be here.
+        compiles: compile the step that is chosen, to know what it takes; otherwise estimate it.
+
+    Raises:
+        UserError: nothing fits, the device is unknown, there is no GPU at hand, or JAX' CUDA plugin, which
+            compiles for a GPU that is not here, is not installed.
+    """
+    full = config.train.mode == "full"
+    model = outline(
+        config.model.path,
+        dtype=config.model.dtype,
+        param_dtype="float32" if full else None,
+        attention=config.model.attention,
+    )
+    if not full:
+        outline_lora(model, config.lora)
+    if device != "auto":
+        return _plan_elsewhere(config, model, find_target(device), compiles)
+    plan, run = planned(RunShape(config=config, mesh=data_mesh(), total_steps=1000), model)
+    if plan is None:
+        raise UserError(f"there is no GPU at hand; name one with --device: {', '.join(TARGETS)}")
+    if compiles:
+        graph, trainable, frozen = split_weights(model, config.train.mode)
+        state = state_shapes(run, trainable)
+        place = replicated(run.mesh)
+        shapes: Any = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+            for name, leaf in frozen.items()
+        }
+        _, _, plan = compile_planned(run, plan, graph, state, shapes)
+        assert plan is not None
+    return plan
+
+
+def _plan_elsewhere(config: Config, model: Decoder, target: Target, compiles: bool) -> Plan:
+    budget = int((target.memory - CONTEXT_BYTES) * (1 - SLACK))
+    if config.memory.budget is not None:
+        budget = min(budget, parse_size(config.memory.budget))
+    host = config.memory.host_budget
+    plan = make_plan(
+        problem_of(config, model, rates=target.rates, offloads=True),
+        config,
+        device=target.kind,
+        budget=budget,
+        host_budget=_HOST_ELSEWHERE if host is None else parse_size(host),
+    )
+    while compiles:
+        plan = plan.checked(compile_elsewhere(config, target, plan.chosen.layout).total)
+        if plan.fits(plan.chosen):
+            break
+        if config.memory.checkpointing != "auto":
+            raise UserError(refusal(plan))
+        plan = choose_again(plan)
+    return plan
 
 
 def planned(run: R, model: Decoder) -> tuple[Plan | None, R]:

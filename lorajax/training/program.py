@@ -69,16 +69,25 @@ class Program:
 
 def first_state(run: RunShape, trainable: Weights) -> TrainState:
     """The state before the first step, on the devices; it owns `trainable`."""
+    return jax.device_put(_first_state(run, trainable), replicated(run.mesh))
+
+
+def state_shapes(run: RunShape, trainable: Weights) -> TrainState:
+    """`first_state`, shapes in place of arrays."""
+    place = replicated(run.mesh)
+    shapes = jax.eval_shape(lambda trainable: _first_state(run, trainable), trainable)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+
+
+def _first_state(run: RunShape, trainable: Weights) -> TrainState:
     config = run.config
-    optimizer = adamw(config.train, learning_rate_schedule(config.train, run.total_steps))
-    state = init_state(
+    return init_state(
         trainable,
-        optimizer,
+        adamw(config.train, learning_rate_schedule(config.train, run.total_steps)),
         seed=config.train.seed,
         dtype=config.model.dtype,
         tokens_per_step=run.rows_per_step * config.data.max_length,
     )
-    return jax.device_put(state, replicated(run.mesh))
 
 
 def compile_step(

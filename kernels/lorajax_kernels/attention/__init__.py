@@ -29,9 +29,9 @@ _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
 def _fastest_first(problem: Problem) -> tuple[Implementation[Problem], ...]:
     """The order in which "auto" tries them.
 
-    Where rows hold one document there are no blocks to skip, and with heads of 128 cuDNN takes 9 to 15% less
-    time. With five documents it is behind, with heads of 128 and of 64 (benchmarks/results/kernels-h200.json;
-    no record has one document with heads of another size).
+    Where rows hold one document there are no blocks to skip, and with heads of 128 cuDNN takes 9 to 14% less
+    time; with heads of 64 it takes more. With five documents it is behind
+    (benchmarks/results/kernels-h200.json).
     """
     one_document = problem.max_segments is not None and problem.max_segments <= 2  # and padding
     if one_document and problem.head_dim > 64:

@@ -1,0 +1,281 @@
+"""Compile a run's step for a GPU that is not here, to see what memory it takes; no weights are read.
+
+XLA compiles for a GPU that is described to it; that takes JAX' CUDA plugin, but no driver and none of CUDA's
+libraries. The plugin is loaded in a process of its own, which this module is too: as a program, it reads
+requests from a JSON file and writes a line of JSON for each as soon as it is compiled.
+
+What differs from the GPU's own program: kernels of libraries are stood in for by calls of the same operands,
+results and workspace (lorajax_kernels.device.assume), and ways to multiply are not timed, so that a product
+may take another workspace than there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorajax.config import Config, load_config, save_config
+from lorajax.errors import UserError
+from lorajax.memory.policy import Layout, Policy
+from lorajax.memory.targets import Target, find_target
+
+# JAX' plugins, the one that JAX prefers first, and the wheels with the assembler of their CUDA.
+_PLUGINS = {"jax-cuda13-plugin": "nvidia-cuda-nvcc", "jax-cuda12-plugin": "nvidia-cuda-nvcc-cu12"}
+# Where XLA looks for them too.
+_TOOLKITS = ("/usr/local/cuda", "/opt/cuda")
+_REMEDY = "pip install 'lorajax[plan]'"
+
+
+class Variant(NamedTuple):
+    """One way to compile a config's step.
+
+    Attributes:
+        layout: rows of a micro-batch, and what layers keep.
+        num_layers: of a shallower model; None: all.
+        micro_batches: of a step; None: as many as the config's rows make.
+    """
+
+    layout: Layout
+    num_layers: int | None = None
+    micro_batches: int | None = None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Memory of one GPU that a step takes, in bytes, by XLA's analysis; see lorajax.training.program.Memory.
+
+    Attributes:
+        arguments: weights, optimizer state and batch.
+        temporaries: activations, scratch and the program's code.
+        host: pinned memory of the host.
+        seconds: that compiling took, on this machine.
+    """
+
+    arguments: int
+    temporaries: int
+    host: int
+    seconds: float
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A variant that cannot be compiled, and why."""
+
+    error: str
+
+
+def compile_elsewhere(
+    config: Config, target: Target, layout: Layout, *, num_layers: int | None = None, timeout: float = 1800
+) -> Compiled:
+    """Compile the training step of a config for a GPU.
+
+    Args:
+        config: the run's; the data is not read, and of the model its configuration alone.
+        layout, num_layers: see Variant.
+        timeout: in seconds.
+
+    Raises:
+        UserError: the plugin cannot be used, or the step cannot be compiled.
+    """
+    variants = compile_variants(config, target, [Variant(layout, num_layers)], timeout=timeout)
+    with contextlib.closing(variants):
+        found = next(variants)
+    if isinstance(found, Failed):
+        raise UserError(f"compiling for {target.name} failed: {found.error}")
+    return found
+
+
+def compile_variants(
+    config: Config, target: Target, variants: Sequence[Variant], *, timeout: float = 1800
+) -> Generator[Compiled | Failed, None, None]:
+    """Compile a config's training step in several ways, one after the other.
+
+    Args:
+        config: the run's; the data is not read, and of the model its configuration alone.
+        timeout: in seconds, for all of them.
+
+    Yields:
+        What each takes, in the order of the variants, each as soon as it is known.
+
+    Raises:
+        UserError: JAX' CUDA plugin cannot be used, or the process that compiles ends early.
+    """
+    _check_plugin()
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+b") as log:
+        save_config(config, Path(folder) / "config.yaml")
+        requests = Path(folder) / "requests.json"
+        requests.write_text(json.dumps([_request(folder, target, each) for each in variants]))
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "lorajax.memory.elsewhere", str(requests)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=_environment(),
+        )
+        timer = threading.Timer(timeout, worker.kill)
+        timer.start()
+        try:
+            assert worker.stdout is not None
+            for _ in variants:
+                line = worker.stdout.readline()
+                if not line:
+                    late = timer.finished.is_set()
+                    reason = f"took more than {timeout:.0f} s" if late else f"failed: {_end(worker, log)}"
+                    raise UserError(f"compiling for {target.name} {reason}")
+                answer = json.loads(line)
+                yield Failed(**answer) if "error" in answer else Compiled(**answer)
+        finally:
+            timer.cancel()
+            worker.kill()
+            worker.communicate()
+
+
+def _check_plugin() -> None:
+    found = {name: version for name in _PLUGINS if (version := _version(name)) is not None}
+    if not found:
+        raise UserError(
+            f"compiling for a GPU that is not here needs JAX' CUDA plugin, which needs no GPU: {_REMEDY}"
+        )
+    name, version = next(iter(found.items()))
+    if version != (jaxlib := _version("jaxlib")):
+        raise UserError(f"{name} {version} does not fit jaxlib {jaxlib}, they must be equal: {_REMEDY}")
+    toolkits = any(Path(toolkit, "bin", "ptxas").exists() for toolkit in _TOOLKITS)
+    if _version(_PLUGINS[name]) is None and shutil.which("ptxas") is None and not toolkits:
+        raise UserError(f"compiling for a GPU needs CUDA's assembler, ptxas: {_REMEDY}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        # Ways to multiply cannot be timed there. The user's flags, which change the program, hold.
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0",
+    }
+
+
+def _request(folder: str, target: Target, variant: Variant) -> dict[str, Any]:
+    policy = variant.layout.checkpointing
+    return {
+        "config": str(Path(folder) / "config.yaml"),
+        "target": target.name,
+        "rows": variant.layout.rows,
+        "checkpointing": policy.as_plain() if isinstance(policy, Policy) else policy,
+        "num_layers": variant.num_layers,
+        "micro_batches": variant.micro_batches,
+    }
+
+
+def _end(worker: subprocess.Popen, log: Any) -> str:
+    """The last thing that a process had to say."""
+    status = worker.wait()
+    log.seek(0)
+    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else f"its process ended with {status}"
+
+
+def main() -> None:
+    """Answer the requests in a file."""
+    # Libraries print where they like; what the caller reads holds answers alone.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for request in json.loads(Path(sys.argv[1]).read_text()):
+        found: Compiled | Failed
+        try:
+            found = _compile(request)
+        except Exception as error:  # whatever XLA or JAX raise, the next may compile
+            found = Failed((str(error).strip() or repr(error)).splitlines()[0])
+        print(json.dumps(dataclasses.asdict(found)), file=answers, flush=True)
+
+
+def _compile(request: dict[str, Any]) -> Compiled:
+    import jax
+    from jax.experimental import topologies
+    from lorajax_kernels.device import assume
+
+    from lorajax.sharding import DATA_AXIS, replicated
+    from lorajax.training.inputs import RunShape
+    from lorajax.training.program import compile_step, state_shapes
+    from lorajax.training.weights import split_weights
+
+    config = load_config(request["config"])
+    target = find_target(request["target"])
+    layout = Layout(request["rows"], _checkpointing(request["checkpointing"]))
+    if (micro_batches := request.get("micro_batches")) is not None:
+        train = dataclasses.replace(
+            config.train,
+            per_device_train_batch_size=layout.rows,
+            gradient_accumulation_steps=micro_batches,
+        )
+        config = dataclasses.replace(config, train=train)
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=target.config, topology="1x1x1"
+    )
+    mesh = topologies.make_mesh(topology, (1,), (DATA_AXIS,))
+    run = RunShape(config=config, mesh=mesh, total_steps=1000, planned=layout)
+    if run.micro_batches * layout.rows != run.rows_per_device:
+        raise UserError(f"{run.rows_per_device} rows cannot be cut into micro-batches of {layout.rows}")
+    with assume(target.device):
+        model = _outline(config, request["num_layers"])
+        graph, trainable, frozen = split_weights(model, config.train.mode)
+        place = replicated(mesh)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), frozen)
+        began = time.perf_counter()
+        memory = compile_step(run, graph, state_shapes(run, trainable), shapes).memory
+    return Compiled(**dataclasses.asdict(memory), seconds=round(time.perf_counter() - began, 1))
+
+
+def _checkpointing(plain: Any) -> Any:
+    return Policy.from_plain(plain) if isinstance(plain, dict) and "layers" in plain else plain
+
+
+def _outline(config: Config, num_layers: int | None) -> Any:
+    """The model with its adapter, shapes in place of arrays, cut to its first layers."""
+    from flax import nnx
+
+    from lorajax.lora.adapter import outline_lora
+    from lorajax.models.checkpoint import outline
+
+    full = config.train.mode == "full"
+    model = outline(
+        config.model.path,
+        dtype=config.model.dtype,
+        param_dtype="float32" if full else None,
+        attention=config.model.attention,
+    )
+    if num_layers is not None:
+        if not 1 <= num_layers <= len(model.layers):
+            raise UserError(f"the model has {len(model.layers)} layers, not {num_layers}")
+        model.layers = nnx.List(model.layers[:num_layers])
+        model.options = dataclasses.replace(model.options, num_layers=num_layers)
+    if not full:
+        outline_lora(model, config.lora)
+    return model
+
+
+if __name__ == "__main__":
+    main()
