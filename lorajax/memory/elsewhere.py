@@ -257,23 +257,14 @@ def _outline(config: Config, num_layers: int | None) -> Any:
     """The model with its adapter, shapes in place of arrays, cut to its first layers."""
     from flax import nnx
 
-    from lorajax.lora.adapter import outline_lora
-    from lorajax.models.checkpoint import outline
+    from lorajax.memory.plan import outline_of
 
-    full = config.train.mode == "full"
-    model = outline(
-        config.model.path,
-        dtype=config.model.dtype,
-        param_dtype="float32" if full else None,
-        attention=config.model.attention,
-    )
+    model = outline_of(config)
     if num_layers is not None:
         if not 1 <= num_layers <= len(model.layers):
             raise UserError(f"the model has {len(model.layers)} layers, not {num_layers}")
         model.layers = nnx.List(model.layers[:num_layers])
         model.options = dataclasses.replace(model.options, num_layers=num_layers)
-    if not full:
-        outline_lora(model, config.lora)
     return model
 
 

@@ -10,14 +10,37 @@ from flax import nnx
 
 from lorajax.config import Config
 from lorajax.errors import UserError
+from lorajax.lora.adapter import outline_lora
 from lorajax.memory.costs import Rates, workload
 from lorajax.memory.planner import Estimate, Problem, estimate, estimates, micro_batch_counts
 from lorajax.memory.policy import ACTIVATIONS, Layout, Policy
+from lorajax.models.checkpoint import outline
 from lorajax.models.decoder import Decoder, LoRAParam
 
 _GIB = 2**30
 # AdamW keeps two moments of each trainable parameter.
 _MOMENTS = 2
+
+
+def outline_of(config: Config, path: str | Path | None = None) -> Decoder:
+    """The model of a run with what is trained of it, shapes in place of arrays; no weights are read.
+
+    Args:
+        path: of the model where it is known; None: the config's.
+
+    Raises:
+        UserError: as lorajax.models.checkpoint.outline and lorajax.lora.adapter.select_targets.
+    """
+    full = config.train.mode == "full"
+    model = outline(
+        config.model.path if path is None else path,
+        dtype=config.model.dtype,
+        param_dtype="float32" if full else None,
+        attention=config.model.attention,
+    )
+    if not full:
+        outline_lora(model, config.lora)
+    return model
 
 
 def problem_of(
@@ -27,7 +50,7 @@ def problem_of(
 
     Args:
         config: the run's; its micro-batches may be chosen where memory.checkpointing is "auto".
-        model: with its adapter; arrays may be shapes (lorajax.models.checkpoint.outline).
+        model: with its adapter; arrays may be shapes, see outline_of.
         rates: of the machine.
         offloads: whether activations can go to host memory.
         context: tokens of the longest document on a row; None: a whole row.

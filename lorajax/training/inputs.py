@@ -26,9 +26,9 @@ from lorajax.data import (
     packing_stats,
 )
 from lorajax.errors import UserError
-from lorajax.lora.adapter import outline_lora
+from lorajax.memory.plan import outline_of
 from lorajax.memory.policy import Layout
-from lorajax.models.checkpoint import outline, resolve
+from lorajax.models.checkpoint import resolve
 from lorajax.models.decoder import Decoder
 from lorajax.sharding import data_mesh, rows
 from lorajax.training.step import Batch
@@ -146,9 +146,7 @@ def prepare(config: Config) -> Inputs:
     """
     mesh, data, train = data_mesh(), config.data, config.train
     path = resolve(config.model.path, weights=train.init == "pretrained")
-    model = outline(path, dtype=config.model.dtype, attention=config.model.attention)
-    if train.mode == "lora":
-        outline_lora(model, config.lora)
+    model = outline_of(config, path)
     attention = _choose_attention(config, model, mesh)
     tokenizer = load_tokenizer(config.model.tokenizer or path)
     if len(tokenizer) > model.options.vocab_size:

@@ -10,7 +10,6 @@ from lorajax_kernels.device import current_device
 
 from lorajax.config import Config, parse_size
 from lorajax.errors import UserError
-from lorajax.lora.adapter import outline_lora
 from lorajax.memory.elsewhere import compile_elsewhere
 from lorajax.memory.machine import (
     CONTEXT_BYTES,
@@ -20,10 +19,9 @@ from lorajax.memory.machine import (
     machine_rates,
     offloads,
 )
-from lorajax.memory.plan import Plan, choose_again, make_plan, problem_of, refusal
+from lorajax.memory.plan import Plan, choose_again, make_plan, outline_of, problem_of, refusal
 from lorajax.memory.policy import Layout
 from lorajax.memory.targets import TARGETS, Target, find_target
-from lorajax.models.checkpoint import outline
 from lorajax.models.decoder import Decoder
 from lorajax.sharding import data_mesh, replicated
 from lorajax.training.inputs import RunShape
@@ -48,15 +46,7 @@ def plan_memory(config: Config, device: str = "auto", *, compiles: bool = True) 
         UserError: nothing fits, the device is unknown, there is no GPU at hand, or JAX' CUDA plugin, which
             compiles for a GPU that is not here, is not installed.
     """
-    full = config.train.mode == "full"
-    model = outline(
-        config.model.path,
-        dtype=config.model.dtype,
-        param_dtype="float32" if full else None,
-        attention=config.model.attention,
-    )
-    if not full:
-        outline_lora(model, config.lora)
+    model = outline_of(config)
     if device != "auto":
         return _plan_elsewhere(config, model, find_target(device), compiles)
     plan, run = planned(RunShape(config=config, mesh=data_mesh(), total_steps=1000), model)

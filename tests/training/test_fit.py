@@ -335,8 +335,8 @@ def test_packing_changes_the_rows_but_not_the_loss(quick_config, numbered, tmp_p
         save_config(config, tmp_path / "config.yaml")
         with recorded_compilations() as events:
             results.append(fit(tmp_path / "config.yaml"))
-        # Without eval_steps, evaluation and its program come after the last step.
-        assert events[events.index(STARTED) :] == [STARTED, "jit(evaluate)"]
+        # Without eval_steps, evaluation comes after the last step; its program is there before the first.
+        assert events[events.index(STARTED) :] == [STARTED] and "jit(evaluate)" in events
         assert ["eval_loss" in row for row in results[-1].metrics] == [False, True]
     packed, separate = ([row for row in result.metrics] for result in results)
     assert packed[0]["target_tokens"] == separate[0]["target_tokens"] > 0
