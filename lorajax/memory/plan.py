@@ -49,7 +49,7 @@ def problem_of(
     """What a run has to be planned for.
 
     Args:
-        config: the run's; its micro-batches may be chosen where memory.checkpointing is "auto".
+        config: the run's.
         model: with its adapter; arrays may be shapes, see outline_of.
         rates: of the machine.
         offloads: whether activations can go to host memory.
@@ -62,7 +62,6 @@ def problem_of(
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in _leaves(frozen))
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
     batch = 5 * 4 * rows * length  # tokens, targets, segments, positions, weights
-    free = config.memory.checkpointing == "auto"
     return Problem(
         workload=lambda rows: workload(
             model,
@@ -76,7 +75,7 @@ def problem_of(
         rows=rows,
         fixed=(weights, 4 * count, 4 * _MOMENTS * count + batch),
         offloads=offloads,
-        micro_batches=micro_batch_counts(rows) if free else [train.gradient_accumulation_steps],
+        micro_batches=micro_batch_counts(rows),
     )
 
 
@@ -201,7 +200,7 @@ def make_plan(problem: Problem, config: Config, *, device: str, budget: int, hos
     checkpointing = config.memory.checkpointing
     if checkpointing == "auto":
         return choose_again(plan)
-    rows = problem.rows // problem.micro_batches[0]
+    rows = config.train.per_device_train_batch_size
     layers = problem.workload(rows).options.num_layers
     policy = Policy.of(checkpointing, layers)
     if policy.offloads and not problem.offloads:

@@ -14,6 +14,7 @@ from lorajax.config import load_config
 from lorajax.errors import UserError
 from lorajax.memory import elsewhere
 from lorajax.memory.elsewhere import Compiled, Failed, Variant, compile_elsewhere, compile_variants
+from lorajax.memory.plan import refusal
 from lorajax.memory.policy import LayerPolicy, Layout, Policy
 from lorajax.memory.targets import find_target
 from lorajax.plan import main
@@ -205,6 +206,17 @@ def test_offloading_without_host_memory_is_refused(config_of):
     config = config_of(memory__checkpointing="offload", memory__host_budget="1MiB")
     plan = plan_memory(config, "l4", compiles=False)
     assert not plan.fits(plan.chosen)
+
+
+def test_what_is_asked_for_and_does_not_fit_is_answered_with_what_does(config_of):
+    config = config_of(
+        memory__checkpointing="none", memory__budget="120MiB", train__per_device_train_batch_size=8
+    )
+    plan = plan_memory(config, "l4", compiles=False)
+    assert plan.chosen.layout.rows == 8 and not plan.fits(plan.chosen)
+    lines = refusal(plan).splitlines()
+    assert len(lines) > 2 and "What fits:" in lines[0]
+    assert all("--memory.checkpointing auto --train.per_device_train" in line for line in lines[1:])
 
 
 def test_without_a_gpu_one_has_to_be_named(config_of):
