@@ -1,5 +1,7 @@
 """Where arrays live: a one-axis mesh over all devices, rows split, everything else replicated."""
 
+from typing import Any
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -14,6 +16,11 @@ def data_mesh() -> Mesh:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device: weights, adapters, optimizer state."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def shapes(tree: Any, sharding: NamedSharding) -> Any:
+    """The tree with shapes and dtypes, placed like that, instead of its arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def rows(mesh: Mesh) -> NamedSharding:

@@ -59,8 +59,7 @@ BACKWARD_PASSES = {"hidden": 22.0, "inner": 9.0}
 # Times that the weights are read in a micro-batch besides what the products' own rate covers.
 WEIGHT_PASSES = 5.0
 
-# Activations that are recomputed together, each with what has to be done for it: the projections of its layer
-# whose product is made again, and whether attention is.
+# Activations that are kept or recomputed together; Costs.recomputed says what each group takes.
 GROUPS: dict[str, tuple[str, ...]] = {
     "attention": ("attention_output", "attention_lse"),
     "qkv": ("query", "key", "value"),

@@ -213,11 +213,10 @@ def main() -> None:
 
 
 def _compile(request: dict[str, Any]) -> Compiled:
-    import jax
     from jax.experimental import topologies
     from lorajax_kernels.device import assume
 
-    from lorajax.sharding import DATA_AXIS, replicated
+    from lorajax.sharding import DATA_AXIS, replicated, shapes
     from lorajax.training.inputs import RunShape
     from lorajax.training.program import compile_step, state_shapes
     from lorajax.training.weights import split_weights
@@ -242,10 +241,9 @@ def _compile(request: dict[str, Any]) -> Compiled:
     with assume(target.device):
         model = _outline(config, request["num_layers"])
         graph, trainable, frozen = split_weights(model, config.train.mode)
-        place = replicated(mesh)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), frozen)
+        weights = shapes(frozen, replicated(mesh))
         began = time.perf_counter()
-        memory = compile_step(run, graph, state_shapes(run, trainable), shapes).memory
+        memory = compile_step(run, graph, state_shapes(run, trainable), weights).memory
     return Compiled(**dataclasses.asdict(memory), seconds=round(time.perf_counter() - began, 1))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from flax import nnx
 
@@ -16,6 +17,8 @@ from lorajax.memory.planner import Estimate, Problem, estimate, estimates, micro
 from lorajax.memory.policy import ACTIVATIONS, Layout, Policy
 from lorajax.models.checkpoint import outline
 from lorajax.models.decoder import Decoder, LoRAParam
+
+T = TypeVar("T")
 
 _GIB = 2**30
 # AdamW keeps two moments of each trainable parameter.
@@ -105,6 +108,11 @@ class Plan:
     chosen: Estimate
     compiled: int | None = None
 
+    @property
+    def taken(self) -> int:
+        """Bytes of a GPU that the chosen layout takes, as well as that is known."""
+        return self.chosen.device.total if self.compiled is None else self.compiled
+
     def fits(self, option: Estimate) -> bool:
         return option.device.total <= self.budget and option.host <= self.host_budget
 
@@ -135,13 +143,12 @@ class Plan:
         chosen, device = self.chosen, self.chosen.device
         policy = chosen.layout.checkpointing
         assert isinstance(policy, Policy)
-        taken = device.total if self.compiled is None else self.compiled
         how = "estimated" if self.compiled is None else "compiled"
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in zip(device._fields, device, strict=True))
         return {
             "plan": f"{chosen.micro_batches} x {chosen.layout.rows} rows on {self.device}: about "
             f"{self.tokens_per_second(chosen):,.0f} tokens/s a GPU",
-            "GPU memory": f"{_gib(taken)} of {_gib(self.budget)} ({how}): {parts}",
+            "GPU memory": f"{_gib(self.taken)} of {_gib(self.budget)} ({how}): {parts}",
             "host memory": f"{_gib(chosen.host)} of {_gib(self.host_budget)}",
             **describe(policy),
         }
@@ -225,6 +232,29 @@ def choose_again(plan: Plan) -> Plan:
     return replace(plan, chosen=chosen, compiled=None)
 
 
+def settle(plan: Plan, compiled: Callable[[Layout], tuple[T, int]], *, may_choose: bool) -> tuple[Plan, T]:
+    """Compile what is chosen, and choose again while that takes more than there is.
+
+    Args:
+        compiled: layout -> (its program, the bytes that it takes).
+        may_choose: another layout than the chosen one.
+
+    Returns:
+        The plan with what its choice takes, and the program of that.
+
+    Raises:
+        UserError: the layout does not fit and no other may be chosen, or nothing fits.
+    """
+    while True:
+        program, total = compiled(plan.chosen.layout)
+        plan = plan.checked(total)
+        if plan.fits(plan.chosen):
+            return plan, program
+        if not may_choose:
+            raise UserError(refusal(plan))
+        plan = choose_again(plan)
+
+
 def refusal(plan: Plan) -> str:
     """Why the chosen layout cannot run, and what can."""
     smallest = min(plan.options, key=lambda option: option.device.total)
@@ -242,9 +272,8 @@ def refusal(plan: Plan) -> str:
             f"the smallest layout takes {_gib(smallest.device.total)}{host}; raise memory.budget, or lower "
             "data.max_length"
         )
-    taken = plan.chosen.device.total if plan.compiled is None else plan.compiled
     lines = [
-        f"a step takes {_gib(taken)} of {plan.device} and {_gib(plan.chosen.host)} of host memory, but "
+        f"a step takes {_gib(plan.taken)} of {plan.device} and {_gib(plan.chosen.host)} of host memory, but "
         f"there is {_gib(plan.budget)} and {_gib(plan.host_budget)}. What fits:"
     ]
     for option in found:
@@ -292,7 +321,6 @@ def summary(layout: Layout) -> str:
 
 def thinned(options: Sequence[Estimate], count: int) -> list[Estimate]:
     """At most so many, spread evenly over their memory; the fastest and the smallest stay."""
-    ordered = sorted(options, key=lambda option: -option.device.total)
     best: list[Estimate] = []
     for option in sorted(options, key=lambda option: option.device.total):
         if not best or option.seconds < best[-1].seconds:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import jax
 from lorajax_kernels.device import current_device
 
 from lorajax.config import Config, parse_size
@@ -19,11 +18,11 @@ from lorajax.memory.machine import (
     machine_rates,
     offloads,
 )
-from lorajax.memory.plan import Plan, choose_again, make_plan, outline_of, problem_of, refusal
+from lorajax.memory.plan import Plan, make_plan, outline_of, problem_of, settle
 from lorajax.memory.policy import Layout
 from lorajax.memory.targets import TARGETS, Target, find_target
 from lorajax.models.decoder import Decoder
-from lorajax.sharding import data_mesh, replicated
+from lorajax.sharding import data_mesh, replicated, shapes
 from lorajax.training.inputs import RunShape
 from lorajax.training.program import compile_planned, state_shapes
 from lorajax.training.weights import split_weights
@@ -54,13 +53,8 @@ def plan_memory(config: Config, device: str = "auto", *, compiles: bool = True) 
         raise UserError(f"there is no GPU at hand; name one with --device: {', '.join(TARGETS)}")
     if compiles:
         graph, trainable, frozen = split_weights(model, config.train.mode)
-        state = state_shapes(run, trainable)
-        place = replicated(run.mesh)
-        shapes: Any = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-            for name, leaf in frozen.items()
-        }
-        _, _, plan = compile_planned(run, plan, graph, state, shapes)
+        state, place = state_shapes(run, trainable), replicated(run.mesh)
+        _, _, plan = compile_planned(run, plan, graph, state, shapes(frozen, place))
         assert plan is not None
     return plan
 
@@ -77,14 +71,13 @@ def _plan_elsewhere(config: Config, model: Decoder, target: Target, compiles: bo
         budget=budget,
         host_budget=_HOST_ELSEWHERE if host is None else parse_size(host),
     )
-    while compiles:
-        plan = plan.checked(compile_elsewhere(config, target, plan.chosen.layout).total)
-        if plan.fits(plan.chosen):
-            break
-        if config.memory.checkpointing != "auto":
-            raise UserError(refusal(plan))
-        plan = choose_again(plan)
-    return plan
+    if not compiles:
+        return plan
+
+    def compiled(layout: Layout) -> tuple[None, int]:
+        return None, compile_elsewhere(config, target, layout).total
+
+    return settle(plan, compiled, may_choose=config.memory.checkpointing == "auto")[0]
 
 
 def planned(run: R, model: Decoder) -> tuple[Plan | None, R]:

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 from lorajax_kernels.device import split_over
 
 from lorajax.data.cache import user_cache_folder
-from lorajax.errors import UserError
-from lorajax.memory.plan import Plan, choose_again, refusal
-from lorajax.sharding import replicated, rows
+from lorajax.memory.plan import Plan, settle
+from lorajax.memory.policy import Layout
+from lorajax.sharding import replicated, rows, shapes
 from lorajax.training.inputs import RunShape
 from lorajax.training.optimizer import adamw, learning_rate_schedule
 from lorajax.training.step import Batch, StepMetrics, TrainState, init_state, loss_sum, make_train_step
@@ -74,9 +74,8 @@ def first_state(run: RunShape, trainable: Weights) -> TrainState:
 
 def state_shapes(run: RunShape, trainable: Weights) -> TrainState:
     """`first_state`, shapes in place of arrays."""
-    place = replicated(run.mesh)
-    shapes = jax.eval_shape(lambda trainable: _first_state(run, trainable), trainable)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+    state = jax.eval_shape(lambda trainable: _first_state(run, trainable), trainable)
+    return shapes(state, replicated(run.mesh))
 
 
 def _first_state(run: RunShape, trainable: Weights) -> TrainState:
@@ -90,14 +89,12 @@ def _first_state(run: RunShape, trainable: Weights) -> TrainState:
     )
 
 
-def compile_step(
-    run: RunShape, graph: Any, state: TrainState, frozen: Weights, batch: Batch | None = None
-) -> Program:
-    """Compile the training step for these shapes.
+def compile_step(run: RunShape, graph: Any, state: TrainState, frozen: Weights) -> Program:
+    """Compile the training step for these shapes, and the run's batch.
 
     Args:
         graph: of split_weights.
-        state, frozen, batch: arrays, or their shapes with their shardings; without a batch, the run's.
+        state, frozen: arrays, or their shapes with their shardings.
     """
     config = run.config
     schedule = learning_rate_schedule(config.train, run.total_steps)
@@ -114,7 +111,7 @@ def compile_step(
         scale_loss=config.model.dtype == "float16",
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated(run.mesh))
-    compiled = jitted.lower(state, frozen, batch_shapes(run) if batch is None else batch).compile()
+    compiled = jitted.lower(state, frozen, batch_shapes(run)).compile()
     return Program(compiled, _memory(compiled))
 
 
@@ -135,15 +132,13 @@ def compile_planned(
     """
     if plan is None:
         return run, _compile_all(run, graph, state, frozen, evaluates), None
-    while True:
-        planned = dataclasses.replace(run, planned=plan.chosen.layout)
-        program = _compile_all(planned, graph, state, frozen, evaluates)
-        plan = plan.checked(program.memory.total)
-        if plan.fits(plan.chosen):
-            return planned, program, plan
-        if run.config.memory.checkpointing != "auto":
-            raise UserError(refusal(plan))
-        plan = choose_again(plan)
+
+    def compiled(layout: Layout) -> tuple[Program, int]:
+        program = _compile_all(dataclasses.replace(run, planned=layout), graph, state, frozen, evaluates)
+        return program, program.memory.total
+
+    plan, program = settle(plan, compiled, may_choose=run.config.memory.checkpointing == "auto")
+    return dataclasses.replace(run, planned=plan.chosen.layout), program, plan
 
 
 def _compile_all(run: RunShape, graph: Any, state: TrainState, frozen: Weights, evaluates: bool) -> Program:
@@ -161,8 +156,8 @@ def batch_shapes(run: RunShape, *, micro_batches: int | None = None) -> Batch:
     shape, split = (count, run.rows_per_micro_batch, run.config.data.max_length), rows(run.mesh)
     dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
     dtypes["weights"] = jnp.float32
-    shapes: Any = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in dtypes.items()}
-    return shapes
+    batch: Any = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in dtypes.items()}
+    return batch
 
 
 def compile_evaluation(
