@@ -395,12 +395,15 @@ def test_weights_and_masks_are_made_again_not_kept(source, monkeypatch):
 
 @pytest.mark.parametrize("source", (None, "nf4", "cast", "dropout"))
 def test_nothing_is_made_before_it_is_needed(source):
-    """What keeps a compiler from it is a barrier in each pass, where there is something to make."""
+    """What keeps a compiler from it is a barrier in each pass, where there is something to make.
+
+    One more is for dA, which is to be made with dx.
+    """
     x, (weights, adapters, _) = normal(48, IN), layers(dropout=0.5 * (source == "dropout"))
     if source in ("nf4", "cast"):
         weights[2] = quantize(weights[2]) if source == "nf4" else weights[2].astype(jnp.bfloat16)
     gradient = jax.make_jaxpr(gradient_of_all(lora_linears, jnp.sin))(x, adapters, weights)
-    assert str(gradient).count("optimization_barrier") == (0 if source is None else 2)
+    assert str(gradient).count("optimization_barrier") == (1 if source is None else 3)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,10 @@ def _backward(options: Options, residuals, dys: Outputs):
     dys, weights, adapters = _once_there(tuple(dys), x.dtype, weights, adapters)
     dus, dbs = _gradients_of_b(options, dys, u, adapters)
     dx = _gradient_of_x(options, x, dys, dus, weights, adapters)
-    return dx, None, _gradients_of_adapters(x, dus, dbs, adapters), _gradients_of_biases(options, dys, biases)
+    dadapters = _gradients_of_adapters(x, dus, dbs, adapters)
+    # Now: left alone, XLA makes dA last, and holds x until then.
+    dx, dadapters = jax.lax.optimization_barrier((dx, dadapters))
+    return dx, None, dadapters, _gradients_of_biases(options, dys, biases)
 
 
 apply.defvjp(_forward, _backward)
@@ -135,6 +138,7 @@ def _gated_backward(options: Options, residuals, dy: Array):
     if options.kernels.swiglu_backward is not None:
         dgate, dup, x = options.kernels.swiglu_backward(dx, gate, up)
         [dadapter] = _gradients_of_adapters(x, dus, dbs, adapters)
+        dadapter, dgate, dup = jax.lax.optimization_barrier((dadapter, dgate, dup))
     else:
         [dadapter] = _gradients_of_adapters(swiglu(gate, up), dus, dbs, adapters)
         # In this order: the product is gone before the gradients of gate and up are there.
