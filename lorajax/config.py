@@ -121,8 +121,8 @@ class MemoryConfig:
     """How device memory is traded for time."""
 
     checkpointing: str | dict[str, str] = "auto"
-    """What layers keep for the backward pass: auto (chosen for the memory that there is), none (everything
-    is kept), full (only each layer's input), offload (those in host memory), or by the name of an
+    """What layers keep for the backward pass: auto (chosen for the memory that there is), none (all
+    that has a name), full (only each layer's input), offload (those in host memory), or by the name of an
     activation: save, offload or recompute."""
     budget: str | None = None
     """Most GPU memory for weights, state and activations, such as 24GiB; null: what is free."""

@@ -5,11 +5,11 @@ What a layer keeps on the GPU, keeps in host memory or makes again is its policy
 
 | checkpointing | kept on the GPU per layer | kept on the host | recomputed in the backward pass |
 |---|---|---|---|
-| none    | every intermediate       | nothing         | nothing |
+| none    | every named activation   | nothing         | what has no name |
 | full    | the layer's input [B,T,D] | nothing        | the layer |
 | offload | nothing (last layer: its input) | the layer's input | the layer |
 
-But for `none`, all layers are in one custom_vjp. A layer is traced once, together with what its backward pass
+All layers are in one custom_vjp. A layer is traced once, together with what its backward pass
 reads, into a list of equations. The forward pass evaluates what the output and the kept activations need, the
 backward pass what is missing of what it reads, starting from the kept ones.
 
@@ -24,12 +24,14 @@ last moment. Optimization barriers tie both to the computation, one layer at a t
                          differentiated. They start no earlier than that, and layer i - copy_span does not
                          start before they are there.
 
-So what is on the GPU of offloaded activations is that of copy_span + 1 layers at most, whatever the number of
+Adapters' gradients of layers that offload wait on the host too, until all layers are done. So what is on the
+GPU of offloaded activations is that of copy_span + 1 layers at most, whatever the number of
 layers, and each copy has copy_span layers to hide behind.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -59,7 +61,7 @@ def run_layers(
 
     Args:
         layer: a pure function of its arguments and of arrays that it closes over; those are constants. The
-            index is an int where everything is kept, else an int32 scalar.
+            index is an int32 scalar where there are gradients, else an int.
         blocks: one nnx module per layer.
         x: input of the first layer.
         checkpointing: what is kept, see the table above (rematerialisation: Chen et al., 2016).
@@ -68,10 +70,6 @@ def run_layers(
         ValueError: as Policy.of.
     """
     policy = Policy.of(checkpointing, len(blocks))
-    if policy.keeps_everything:
-        for index, block in enumerate(blocks):
-            x = layer(block, index, x)
-        return x
     split = [nnx.split(block) for block in blocks]
     leaves = [jax.tree.flatten(state) for _, state in split]
     kinds = [_Kind(graph, tree) for (graph, _), (_, tree) in zip(split, leaves, strict=True)]
@@ -109,6 +107,8 @@ def _with_policy(
             x, own = jax.lax.optimization_barrier((x, own))
             last = index + 1 == len(kinds)
             y, values, on_host = trace.forward(own, index, x, policy.layers[index], may_offload=not last)
+            # As they are: otherwise XLA keeps what they are sums of, to add again where they are read.
+            y, values = jax.lax.optimization_barrier((y, values))
             if any(on_host):
                 values = [
                     jax.device_put(value, jax.memory.Space.Host) if away else value
@@ -126,7 +126,7 @@ def _with_policy(
         if isinstance(dy, jax.custom_derivatives.SymbolicZero):
             return [[None] * len(own) for own in leaves], None
         kept = [_Kept(*pair) for pair in zip(values, on_host, strict=True)]
-        gradients = []
+        gradients: list[_Kept] = []
         # How far copies back have come: from this layer on they have been started.
         started = len(kept)
         for index in reversed(range(len(kept))):
@@ -138,10 +138,17 @@ def _with_policy(
             gradient, dy = traces[index].backward(own, index, here, policy.layers[index], dy)
             # The adapters' gradients now: XLA likes to make them all at the end, from inputs that it keeps.
             gradient, dy = jax.lax.optimization_barrier((gradient, dy))
-            gradients.append(gradient)
+            # The last one stays: the others come back when it is there, when nothing else is.
+            gradients.append(_gradient_kept(gradient, beside=kept[index].travelling if index else ()))
             if index:
                 dy = kept[index - 1].tied_to(dy)
-        return gradients[::-1], dy
+            if len(gradients) > policy.copy_span:
+                dy = gradients[-1 - policy.copy_span].tied_to(dy)
+        if gradients[-1].values:
+            for gradient in gradients[:-1]:
+                gradients[-1].values[0] = gradient.start_back(gradients[-1].values[0])
+        found = zip(traces, leaves, reversed(gradients), strict=True)
+        return [trace.as_leaves(own, gradient.values) for trace, own, gradient in found], dy
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run
@@ -179,6 +186,18 @@ class _Kept:
         away, dy = jax.lax.optimization_barrier((self.travelling, dy))
         self._replace_travelling(jax.device_put(value, jax.memory.Space.Device) for value in away)
         return dy
+
+
+def _gradient_kept(gradient: Sequence[Array], *, beside: Sequence[Array]) -> _Kept:
+    """A layer's, in host memory where it is no more than the activations that travel.
+
+    As one array there: with many small copies in a layer, XLA keeps large activations on the GPU.
+    """
+    size = sum(each.nbytes for each in gradient)
+    if not size or size > sum(each.nbytes for each in beside) or len({each.dtype for each in gradient}) > 1:
+        return _Kept(list(gradient), [False] * len(gradient))
+    joined = jnp.concatenate([each.ravel() for each in gradient])
+    return _Kept([jax.device_put(joined, jax.memory.Space.Host)], [True])
 
 
 @jax.tree_util.register_static
@@ -270,14 +289,22 @@ class _Trace:
 
     def backward(
         self, own: Leaves, index: int, kept: Sequence[Array], policy: LayerPolicy, dy: Array
-    ) -> tuple[list[Array | None], Array]:
-        """Cotangents of the leaves, None for those that are not trained, and of x; `kept` as from forward."""
+    ) -> tuple[list[Array], Array]:
+        """Cotangents of the trained leaves and of x; `kept` as from forward."""
         x, *values = kept
         known = self._known(own, index, x) | dict(zip(self._kept(policy), values, strict=True))
         pullback = jax.tree.unflatten(self.pullback, _evaluate(self.equations, known, self.residuals))
-        chosen, dx = pullback(dy)
-        coming = iter(chosen)
-        return [next(coming) if is_trained else None for is_trained in self.trained], dx
+        return pullback(dy)
+
+    def as_leaves(self, own: Leaves, gradient: Sequence[Array]) -> list[Array | None]:
+        """A cotangent for each leaf, None where it is not trained; `gradient` may be one array of all."""
+        trained = [leaf for leaf, is_trained in zip(own, self.trained, strict=True) if is_trained]
+        if len(gradient) < len(trained):
+            ends = list(itertools.accumulate(leaf.size for leaf in trained))
+            parts = jnp.split(gradient[0], ends[:-1])
+            gradient = [part.reshape(leaf.shape) for part, leaf in zip(parts, trained, strict=True)]
+        coming = iter(gradient)
+        return [next(coming) if is_trained else None for is_trained in self.trained]
 
     def _known(self, own: Leaves, index: int, x: Array) -> dict[Var, Any]:
         values = (*own, jnp.int32(index), x)
@@ -285,10 +312,6 @@ class _Trace:
 
     def _kept(self, policy: LayerPolicy) -> list[Var]:
         """Variables of the activations that the policy keeps, without the block's input."""
-        if policy.everything:
-            given = {*self.inputs, *self.constants}
-            computed = [r for r in self.residuals if not isinstance(r, Literal) and r not in given]
-            return list(dict.fromkeys(computed))
         names = policy.saved | policy.offloaded
         return [eqn.outvars[0] for eqn in self.equations if _named(eqn) in names]
 

@@ -174,19 +174,20 @@ def _spread(layer: int, count: int, layers: int) -> bool:
 def _estimate(problem: Problem, costs: Costs, layout: Layout, policy: Policy) -> Estimate:
     work, micro_batches = costs.work, problem.rows // layout.rows
     sizes, again = work.activation_bytes, costs.recomputed
-    step = saved = host = largest = 0.0
+    step = 0.0
+    saved: list[int] = []
+    travelling: list[int] = []
     behind_forward = behind_backward = copies = 0.0
     for index, layer in enumerate(policy.layers):
         away = layer.offloaded if index + 1 < len(policy.layers) else frozenset()
-        names = set(sizes) if layer.everything else layer.saved | (layer.offloaded - away)
-        saved += sum(sizes[name] for name in names)
-        travelling = sum(sizes[name] for name in away)
-        host, largest = host + travelling, max(largest, travelling)
+        names = layer.saved | (layer.offloaded - away)
+        saved.append(sum(sizes[name] for name in names))
+        travelling.append(sum(sizes[name] for name in away))
         kept = names | away
         missing = sum(again[group] for group, members in GROUPS.items() if not kept.issuperset(members))
         forward, backward = costs.layer_forward, costs.layer_backward + missing
         step += forward + backward
-        copy = costs.copied(travelling)
+        copy = costs.copied(travelling[-1])
         copies += copy
         if policy.copy_span == 1:
             behind_forward += max(0.0, copy - forward)
@@ -196,10 +197,21 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout, policy: Policy) ->
             behind_backward += copy - backward
     step += max(0.0, behind_forward) + max(0.0, behind_backward) + COPY_COST * copies
     seconds = micro_batches * (step + costs.micro_batch) + costs.update
-    under_way = min(policy.copy_span + 1, len(policy.layers) - 1) * largest
-    workspace = _workspace(work, policy) + 4 * work.trainable * (1 if micro_batches == 1 else 2)
-    device = Breakdown(*problem.fixed, int(saved + under_way), int(workspace))
-    return Estimate(layout, micro_batches, seconds, device, int(host))
+    # Gradients wait on the host where a layer offloads more than that; their sum over micro-batches does not.
+    gradient = 4 * work.trainable / len(policy.layers)
+    waiting = sum(gradient > away for away in travelling) + policy.copy_span
+    gradients = gradient * min(waiting, len(policy.layers))
+    workspace = _workspace(work, policy) + gradients + (0 if micro_batches == 1 else 4 * work.trainable)
+    device = Breakdown(*problem.fixed, _activations(saved, travelling, policy.copy_span), int(workspace))
+    return Estimate(layout, micro_batches, seconds, device, sum(travelling))
+
+
+def _activations(saved: Sequence[int], travelling: Sequence[int], copy_span: int) -> int:
+    """The most that is there while a layer's backward pass runs: what it and the layers below it saved, and
+    what has come back for it and is on its way for the next ones."""
+    below = itertools.accumulate(saved)
+    windows = (sum(travelling[max(0, index - copy_span) : index + 1]) for index in range(len(saved)))
+    return max(kept + coming for kept, coming in zip(below, windows, strict=True))
 
 
 def _workspace(work: Workload, policy: Policy) -> float:
@@ -214,7 +226,7 @@ def _workspace(work: Workload, policy: Policy) -> float:
     most = loss
     for layer in policy.layers:
         kept = layer.saved | layer.offloaded
-        gates = 0 if layer.everything else ("gate" not in kept) + ("up" not in kept)
-        attention = 0 if layer.everything or "attention_output" in kept else 1
+        gates = ("gate" not in kept) + ("up" not in kept)
+        attention = 0 if "attention_output" in kept else 1
         most = max(most, inner * (1 + gates) + hidden * (2.4 + 2.2 * attention + 1.5 * gates))
     return most

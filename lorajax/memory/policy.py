@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 # The activations of a layer that may be saved, recomputed or offloaded, in the order in which they are made.
 # D: hidden size, N and K: query and key heads, H: their size, F: intermediate size, R: LoRA rank. What has no
 # name (normalised inputs, the product of gate and up) is an elementwise pass away from what has one, and is
-# made again unless the layer keeps everything.
+# always made again.
 ACTIVATIONS: dict[str, str] = {
     "block_input": "[B, T, D], what the layer reads; saved or offloaded, never recomputed",
     "query": "[B, T, N, H], rotated, as attention reads it",
@@ -29,7 +29,6 @@ _SMALL = frozenset({"attention_lse", "lora_hidden"})
 Action = Literal["save", "offload", "recompute"]
 ACTIONS: tuple[Action, ...] = ("save", "offload", "recompute")
 
-# `none` keeps everything, named or not.
 PRESETS = ("none", "full", "offload")
 
 
@@ -40,15 +39,13 @@ class LayerPolicy:
     Attributes:
         saved: names of the activations kept on the GPU.
         offloaded: of those kept in host memory.
-        everything: keep all that the backward pass reads, named or not, on the GPU.
     """
 
     saved: frozenset[str] = frozenset()
     offloaded: frozenset[str] = frozenset()
-    everything: bool = False
 
     def __post_init__(self) -> None:
-        if not self.everything and "block_input" not in self.saved | self.offloaded:
+        if "block_input" not in self.saved | self.offloaded:
             raise ValueError("block_input: it cannot be recomputed, all else is made from it")
         if small := self.offloaded & _SMALL:
             raise ValueError(f"{min(small)}: it is too small to be worth a copy; save or recompute it")
@@ -73,15 +70,13 @@ class LayerPolicy:
         return cls(saved=chosen["save"], offloaded=chosen["offload"])
 
     @property
-    def actions(self) -> dict[str, str] | str:
-        """What `of` takes, in the order of ACTIVATIONS; "none" for everything."""
-        if self.everything:
-            return "none"
+    def actions(self) -> dict[str, str]:
+        """What `of` takes, in the order of ACTIVATIONS."""
         where = {name: "save" for name in self.saved} | {name: "offload" for name in self.offloaded}
         return {name: where[name] for name in ACTIVATIONS if name in where}
 
 
-EVERYTHING = LayerPolicy(everything=True)
+EVERYTHING = LayerPolicy(saved=frozenset(ACTIVATIONS))
 
 
 @dataclass(frozen=True)
@@ -123,7 +118,7 @@ class Policy:
 
     @property
     def keeps_everything(self) -> bool:
-        return all(layer.everything for layer in self.layers)
+        return all(layer == EVERYTHING for layer in self.layers)
 
     @property
     def offloads(self) -> bool:
@@ -143,11 +138,7 @@ class Policy:
     def from_plain(cls, plain: Mapping[str, Any]) -> Policy:
         """What as_plain gave."""
         runs: Sequence[tuple[int, Any]] = plain["layers"]
-        layers = [
-            EVERYTHING if actions == "none" else LayerPolicy.of(actions)
-            for number, actions in runs
-            for _ in range(number)
-        ]
+        layers = [LayerPolicy.of(actions) for number, actions in runs for _ in range(number)]
         return cls(tuple(layers), plain["copy_span"])
 
 

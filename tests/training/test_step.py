@@ -234,13 +234,16 @@ def test_the_inputs_of_all_layers_but_the_last_are_offloaded(lowered):
         )
 
     there, back = [(memory, f"{ROWS}x{LENGTH}x32xf32") for memory in ("pinned_host", "device")]
-    assert placements("offload") == [there] * 3 + [back] * 3
+    found = placements("offload")
+    # The others are gradients.
+    assert [each for each in found if each in (there, back)] == [there] * 3 + [back] * 3
+    assert len(found) == 2 * 3 + 2 * 2
     assert placements("full") == []
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_kernels_are_chosen_for_a_program_that_is_split_over_devices(checkpointing, weights, monkeypatch):
-    """Layers of one kind are traced once where they are computed again; each device has a loss of its own."""
+    """Layers of one kind are traced once; each device has a loss of its own."""
     seen = []
 
     def spy(function):
@@ -258,7 +261,7 @@ def test_kernels_are_chosen_for_a_program_that_is_split_over_devices(checkpointi
     jax.make_jaxpr(
         lambda *arguments: loss_and_gradient(graph, *arguments, mesh=mesh, checkpointing=checkpointing)
     )(trainable, frozen, cut(make_batch(), 1))
-    assert seen.count(("attention", 2)) == (1 if checkpointing == "full" else 2)
+    assert seen.count(("attention", 2)) == 1
     assert set(seen) == {("attention", 2), ("lora_linears", 2), ("linear_cross_entropy", 1)}
 
 
