@@ -22,6 +22,7 @@ from lorajax_kernels import attention, cached_attention
 
 from lorajax.data.chat import render_prompt
 from lorajax.errors import UserError
+from lorajax.memory.analysis import memory_of
 from lorajax.models.decoder import Attend, Decoder
 
 if TYPE_CHECKING:
@@ -112,6 +113,38 @@ def stream(
     settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p)
     rows = _tokenise(model, tokenizer, [prompt], max_new_tokens, chat_template)
     return _pieces(model, tokenizer, settings, rows, seed, chunk)
+
+
+def answering_memory(
+    model: Decoder,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> int:
+    """Bytes of one device that `generate` takes beside the model, by XLA's analysis of its programs.
+
+    They are compiled for the batch of the longest prompts. The other arguments are those of `generate`.
+
+    Raises:
+        UserError: as `generate`.
+    """
+    settings = _settings(model, tokenizer, max_new_tokens, 0.0, 1.0)
+    longest = max(map(len, _tokenise(model, tokenizer, prompts, max_new_tokens, None)))
+    size = min(batch_size, _power_of_two(len(prompts)))
+    weights = nnx.split(model)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
+    lengths, tokens = (
+        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((size,), (size, _bucket(longest)))
+    )
+    lowered = _prefill.lower(
+        *weights, tokens, lengths, keys, settings.limit, settings.sampling, settings.room
+    )
+    answers = jax.tree.map(lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype), lowered.out_info)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(answers.caches))
+    decode = _decode.lower(*weights, answers, settings.limit, settings.sampling)
+    return held + max(memory_of(each.compile()).temporaries for each in (lowered, decode))
 
 
 # --- prompts in, text out ---

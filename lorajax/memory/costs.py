@@ -59,6 +59,9 @@ BACKWARD_PASSES = {"hidden": 22.0, "inner": 9.0}
 # Times that the weights are read in a micro-batch besides what the products' own rate covers.
 WEIGHT_PASSES = 5.0
 
+# xla_gpu_dot_merger_threshold_mb
+_JOINED_BELOW = 32 * 2**20
+
 # Activations that are kept or recomputed together; Costs.recomputed says what each group takes.
 GROUPS: dict[str, tuple[str, ...]] = {
     "attention": ("attention_output", "attention_lse"),
@@ -234,3 +237,20 @@ def workload(
         length=length,
         context=min(context, length),
     )
+
+
+def answering_bytes(options: DecoderOptions, *, itemsize: int, rows: int, prompt: int, new: int) -> int:
+    """About what lorajax.generation.generate takes beside the model; there it is known from its programs.
+
+    Args:
+        itemsize: bytes of an element of weights and activations.
+        rows: prompts that are answered at a time.
+        prompt, new: tokens of the longest prompt and of its answer.
+    """
+    o, kv = options, options.num_kv_heads * options.head_dim
+    caches = 2 * o.num_layers * rows * (prompt + new) * kv * itemsize
+    reading = rows * prompt * (3 * o.intermediate_size + 3 * o.hidden_size) * itemsize
+    # XLA joins the weights of products of one operand, where they are small, once for all tokens.
+    joined = o.hidden_size * (o.num_heads * o.head_dim + 2 * kv) * itemsize
+    writing = o.num_layers * joined if joined <= _JOINED_BELOW else 0
+    return caches + max(reading, writing) + 4 * rows * o.vocab_size

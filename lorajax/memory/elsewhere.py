@@ -46,16 +46,18 @@ class Variant(NamedTuple):
         layout: rows of a micro-batch, and what layers keep.
         num_layers: of a shallower model; None: all.
         micro_batches: of a step; None: as many as the config's rows make.
+        evaluates: compile the evaluation of a micro-batch in place of the step.
     """
 
     layout: Layout
     num_layers: int | None = None
     micro_batches: int | None = None
+    evaluates: bool = False
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Memory of one GPU that a step takes, in bytes, by XLA's analysis; see lorajax.training.program.Memory.
+    """Memory of one GPU that a program takes, in bytes, by XLA's analysis; see lorajax.memory.analysis.
 
     Attributes:
         arguments: weights, optimizer state and batch.
@@ -81,20 +83,17 @@ class Failed:
     error: str
 
 
-def compile_elsewhere(
-    config: Config, target: Target, layout: Layout, *, num_layers: int | None = None, timeout: float = 1800
-) -> Compiled:
+def compile_elsewhere(config: Config, target: Target, variant: Variant, *, timeout: float = 1800) -> Compiled:
     """Compile the training step of a config for a GPU.
 
     Args:
         config: the run's; the data is not read, and of the model its configuration alone.
-        layout, num_layers: see Variant.
         timeout: in seconds.
 
     Raises:
         UserError: the plugin cannot be used, or the step cannot be compiled.
     """
-    variants = compile_variants(config, target, [Variant(layout, num_layers)], timeout=timeout)
+    variants = compile_variants(config, target, [variant], timeout=timeout)
     with contextlib.closing(variants):
         found = next(variants)
     if isinstance(found, Failed):
@@ -187,6 +186,7 @@ def _request(folder: str, target: Target, variant: Variant) -> dict[str, Any]:
         "checkpointing": policy.as_plain() if isinstance(policy, Policy) else policy,
         "num_layers": variant.num_layers,
         "micro_batches": variant.micro_batches,
+        "evaluates": variant.evaluates,
     }
 
 
@@ -218,7 +218,7 @@ def _compile(request: dict[str, Any]) -> Compiled:
 
     from lorajax.sharding import DATA_AXIS, replicated, shapes
     from lorajax.training.inputs import RunShape
-    from lorajax.training.program import compile_step, state_shapes
+    from lorajax.training.program import compile_evaluation, compile_step, state_shapes
     from lorajax.training.weights import split_weights
 
     config = load_config(request["config"])
@@ -242,8 +242,12 @@ def _compile(request: dict[str, Any]) -> Compiled:
         model = _outline(config, request["num_layers"])
         graph, trainable, frozen = split_weights(model, config.train.mode)
         weights = shapes(frozen, replicated(mesh))
+        state = state_shapes(run, trainable)
         began = time.perf_counter()
-        memory = compile_step(run, graph, state_shapes(run, trainable), weights).memory
+        if request["evaluates"]:
+            _, memory = compile_evaluation(run, graph, state, weights)
+        else:
+            memory = compile_step(run, graph, state, weights).memory
     return Compiled(**dataclasses.asdict(memory), seconds=round(time.perf_counter() - began, 1))
 
 

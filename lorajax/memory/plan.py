@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +21,13 @@ from lorajax.models.decoder import Decoder, LoRAParam
 
 T = TypeVar("T")
 
+_log = logging.getLogger("lorajax")
+
 _GIB = 2**30
+# Of a step's time: what a faster layout must promise for it to be compiled where one that fits is at hand.
+_WORTH = 0.02
+# Layouts that are compiled for a plan, at most, once one fits.
+_MOST_COMPILED = 3
 # AdamW keeps two moments of each trainable parameter.
 _MOMENTS = 2
 
@@ -97,7 +104,8 @@ class Plan:
         tokens: of a step on one device.
         options: what could be chosen, fastest first; none is beaten in time and memory at once.
         chosen: one of them, or what the config asks for.
-        compiled: the chosen one's memory as XLA's analysis of the compiled step has it; None: not compiled.
+        sizes: bytes of what has been compiled, as XLA's analysis has them; the options are corrected by them.
+        others: bytes of a GPU, weights and state included, while a run does something else than a step.
     """
 
     device: str
@@ -106,29 +114,61 @@ class Plan:
     tokens: int
     options: Sequence[Estimate]
     chosen: Estimate
-    compiled: int | None = None
+    sizes: Mapping[Layout, int] = field(default_factory=dict)
+    others: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def fixed(self) -> int:
+        """Bytes of weights, adapters and optimizer, which are there all the time."""
+        return sum(self.chosen.device[:3])
+
+    @property
+    def compiled(self) -> int | None:
+        """Bytes of the chosen one's compiled step; None: it is not compiled."""
+        return self.sizes.get(self.chosen.layout)
 
     @property
     def taken(self) -> int:
         """Bytes of a GPU that the chosen layout takes, as well as that is known."""
-        return self.chosen.device.total if self.compiled is None else self.compiled
+        return self.size(self.chosen)
+
+    def size(self, option: Estimate) -> int:
+        """Bytes of a GPU, by its compiled step where there is one."""
+        return self.sizes.get(option.layout, option.device.total)
 
     def fits(self, option: Estimate) -> bool:
-        return option.device.total <= self.budget and option.host <= self.host_budget
+        return self.size(option) <= self.budget and option.host <= self.host_budget
 
     def tokens_per_second(self, option: Estimate) -> float:
         """On one device."""
         return self.tokens / option.seconds
 
     def checked(self, total: int) -> Plan:
-        """With the bytes of the compiled step; all estimates move by as much as the chosen one was off."""
+        """With the bytes of the chosen layout's compiled step.
+
+        By as much as it was off, other options of as many rows move; those of other micro-batches, which no
+        compiled step is nearer to, by as much in proportion to their rows.
+        """
+        chosen = self.chosen.layout
         off = total - self.chosen.device.total
+        known = {layout.rows for layout in self.sizes} - {chosen.rows}
+
+        def corrected(option: Estimate) -> Estimate:
+            rows = option.layout.rows
+            if option.layout in self.sizes or rows in known:
+                return option
+            return option.corrected(off * rows // chosen.rows)
+
         return replace(
             self,
             chosen=self.chosen.corrected(off),
-            options=[option.corrected(off) for option in self.options],
-            compiled=total,
+            options=[corrected(option) for option in self.options],
+            sizes={**self.sizes, chosen: total},
         )
+
+    def beside(self, name: str, taken: int) -> Plan:
+        """With what something else than a step takes beside weights and state, in bytes."""
+        return replace(self, others={**self.others, name: self.fixed + taken})
 
     def nearest(self, count: int = 3) -> list[Estimate]:
         """Those that fit, the fastest first, each with another micro-batch."""
@@ -144,12 +184,14 @@ class Plan:
         policy = chosen.layout.checkpointing
         assert isinstance(policy, Policy)
         how = "estimated" if self.compiled is None else "compiled"
-        parts = ", ".join(f"{name} {_gib(size)}" for name, size in zip(device._fields, device, strict=True))
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in zip(device._fields, device, strict=True))
+        times = {"checkpoint": self.fixed, **self.others}
         return {
             "plan": f"{chosen.micro_batches} x {chosen.layout.rows} rows on {self.device}: about "
             f"{self.tokens_per_second(chosen):,.0f} tokens/s a GPU",
-            "GPU memory": f"{_gib(self.taken)} of {_gib(self.budget)} ({how}): {parts}",
-            "host memory": f"{_gib(chosen.host)} of {_gib(self.host_budget)}",
+            "GPU memory": f"{gib(self.taken)} of {gib(self.budget)} ({how}): {parts}",
+            "host memory": f"{gib(chosen.host)} of {gib(self.host_budget)}",
+            "other times": ", ".join(f"{name} {gib(size)}" for name, size in times.items()),
             **describe(policy),
         }
 
@@ -165,7 +207,7 @@ class Plan:
         for option in thinned(self.options, count):
             mark = "" if self.fits(option) else "  over the budget"
             rows.append(
-                f"{_gib(option.device.total):>8} {_gib(option.host):>8}  {option.micro_batches:>5} x "
+                f"{gib(option.device.total):>8} {gib(option.host):>8}  {option.micro_batches:>5} x "
                 f"{option.layout.rows:<5}  {self.tokens_per_second(option):>14,.0f}  "
                 f"{summary(option.layout)}{mark}"
             )
@@ -229,11 +271,11 @@ def choose_again(plan: Plan) -> Plan:
     chosen = next((option for option in plan.options if plan.fits(option)), None)
     if chosen is None:
         raise UserError(refusal(plan))
-    return replace(plan, chosen=chosen, compiled=None)
+    return replace(plan, chosen=chosen)
 
 
 def settle(plan: Plan, compiled: Callable[[Layout], tuple[T, int]], *, may_choose: bool) -> tuple[Plan, T]:
-    """Compile what is chosen, and choose again while that takes more than there is.
+    """Compile what is chosen, and choose again where that takes more than there is, or leaves much of it.
 
     Args:
         compiled: layout -> (its program, the bytes that it takes).
@@ -245,14 +287,24 @@ def settle(plan: Plan, compiled: Callable[[Layout], tuple[T, int]], *, may_choos
     Raises:
         UserError: the layout does not fit and no other may be chosen, or nothing fits.
     """
+    programs: dict[Layout, T] = {}
+    best: Estimate | None = None
     while True:
+        estimated = plan.chosen.device.total
         program, total = compiled(plan.chosen.layout)
         plan = plan.checked(total)
-        if plan.fits(plan.chosen):
-            return plan, program
+        _log.info("%s takes %s, estimated %s", summary(plan.chosen.layout), gib(total), gib(estimated))
         if not may_choose:
-            raise UserError(refusal(plan))
+            if not plan.fits(plan.chosen):
+                raise UserError(refusal(plan))
+            return plan, program
+        if plan.fits(plan.chosen) and (best is None or plan.chosen.seconds < best.seconds):
+            best, programs = plan.chosen, {plan.chosen.layout: program}
         plan = choose_again(plan)
+        if best is not None and (
+            len(plan.sizes) >= _MOST_COMPILED or plan.chosen.seconds > (1 - _WORTH) * best.seconds
+        ):
+            return replace(plan, chosen=best), programs[best.layout]
 
 
 def refusal(plan: Plan) -> str:
@@ -261,24 +313,24 @@ def refusal(plan: Plan) -> str:
     fixed = sum(plan.options[0].device[:3])
     if fixed > plan.budget:
         return (
-            f"weights, adapters and optimizer alone take {_gib(fixed)} of {plan.device}, the budget is "
-            f"{_gib(plan.budget)}; raise memory.budget, or take a smaller model"
+            f"weights, adapters and optimizer alone take {gib(fixed)} of {plan.device}, the budget is "
+            f"{gib(plan.budget)}; raise memory.budget, or take a smaller model"
         )
     found = plan.nearest()
     if not found:
-        host = f" and {_gib(smallest.host)} of host memory" if smallest.host else ""
+        host = f" and {gib(smallest.host)} of host memory" if smallest.host else ""
         return (
-            f"nothing fits {_gib(plan.budget)} of {plan.device} and {_gib(plan.host_budget)} of host memory: "
-            f"the smallest layout takes {_gib(smallest.device.total)}{host}; raise memory.budget, or lower "
+            f"nothing fits {gib(plan.budget)} of {plan.device} and {gib(plan.host_budget)} of host memory: "
+            f"the smallest layout takes {gib(smallest.device.total)}{host}; raise memory.budget, or lower "
             "data.max_length"
         )
     lines = [
-        f"a step takes {_gib(plan.taken)} of {plan.device} and {_gib(plan.chosen.host)} of host memory, but "
-        f"there is {_gib(plan.budget)} and {_gib(plan.host_budget)}. What fits:"
+        f"a step takes {gib(plan.taken)} of {plan.device} and {gib(plan.chosen.host)} of host memory, but "
+        f"there is {gib(plan.budget)} and {gib(plan.host_budget)}. What fits:"
     ]
     for option in found:
         lines.append(
-            f"  {_gib(option.device.total)}, about {plan.tokens_per_second(option):,.0f} tokens/s: "
+            f"  {gib(option.device.total)}, about {plan.tokens_per_second(option):,.0f} tokens/s: "
             f"--memory.checkpointing auto --train.per_device_train_batch_size {option.layout.rows} "
             f"--train.gradient_accumulation_steps {option.micro_batches}"
         )
@@ -293,7 +345,7 @@ def describe(policy: Policy) -> dict[str, str]:
     words: dict[str, list[str]] = {"saved": [], "offloaded": [], "recomputed": []}
     for name in ACTIVATIONS:
         away = sum(name in layer.offloaded for layer in policy.layers)
-        saved = sum(layer.everything or name in layer.saved for layer in policy.layers)
+        saved = sum(name in layer.saved for layer in policy.layers)
         for word, number in (("saved", saved), ("offloaded", away), ("recomputed", layers - saved - away)):
             if number:
                 words[word].append(name if number == layers else f"{name} ({number} of {layers} layers)")
@@ -334,5 +386,6 @@ def thinned(options: Sequence[Estimate], count: int) -> list[Estimate]:
     return list(dict.fromkeys(picked))
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """As plans write it."""
     return f"{size / _GIB:.2f}G"

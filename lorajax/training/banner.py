@@ -10,9 +10,9 @@ import yaml
 
 from lorajax.config import Config, as_plain
 from lorajax.data import DataStats, decode_row
+from lorajax.memory.analysis import Memory
 from lorajax.memory.plan import Plan
 from lorajax.training.inputs import Inputs, first_row
-from lorajax.training.program import Memory
 
 _GIB = 2**30
 

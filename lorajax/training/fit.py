@@ -41,7 +41,7 @@ from lorajax.training.metrics import (
     read_metrics,
     truncate_metrics,
 )
-from lorajax.training.planning import planned
+from lorajax.training.planning import ANSWERED_AT_ONCE, plan_answers, planned
 from lorajax.training.program import Program, compile_planned, first_state, use_compilation_cache
 from lorajax.training.progress import NotFinite, Progress, Totals
 from lorajax.training.signals import StopRequest
@@ -111,7 +111,10 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
     plan, inputs = planned(inputs, inputs.outline)
     position = None if checkpoint is None else _position(checkpoint, inputs)
     model = _load_model(inputs)
-    before = _answers(inputs, model)
+    at_once = ANSWERED_AT_ONCE
+    if plan is not None and config.output.sample_prompts:
+        plan, at_once = plan_answers(plan, inputs, model)
+    before = _answers(inputs, model, at_once)
     graph, trainable, frozen = split_weights(model, config.train.mode)
     del model  # the first step takes over its trainable leaves
     state = first_state(inputs, trainable)
@@ -136,7 +139,7 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
     model = merge_weights(graph, done.state.trainable, frozen)
     samples: list[Sample] = []
     if done.stopped_by is None:
-        texts = zip(config.output.sample_prompts, before, _answers(inputs, model), strict=True)
+        texts = zip(config.output.sample_prompts, before, _answers(inputs, model, at_once), strict=True)
         samples = [Sample(*answers) for answers in texts]
         _write_outcome(inputs, folder, model, samples)
     result = Result(
@@ -311,10 +314,14 @@ def _evaluator(
     return evaluate
 
 
-def _answers(inputs: Inputs, model: Decoder) -> list[str]:
+def _answers(inputs: Inputs, model: Decoder, at_once: int) -> list[str]:
     output = inputs.config.output
     return generate(
-        model, inputs.tokenizer, output.sample_prompts, max_new_tokens=output.sample_max_new_tokens
+        model,
+        inputs.tokenizer,
+        output.sample_prompts,
+        max_new_tokens=output.sample_max_new_tokens,
+        batch_size=at_once,
     )
 
 

@@ -9,7 +9,9 @@ from lorajax_kernels.device import current_device
 
 from lorajax.config import Config, parse_size
 from lorajax.errors import UserError
-from lorajax.memory.elsewhere import compile_elsewhere
+from lorajax.generation import answering_memory
+from lorajax.memory.costs import answering_bytes
+from lorajax.memory.elsewhere import Variant, compile_elsewhere
 from lorajax.memory.machine import (
     CONTEXT_BYTES,
     SLACK,
@@ -18,17 +20,21 @@ from lorajax.memory.machine import (
     machine_rates,
     offloads,
 )
-from lorajax.memory.plan import Plan, make_plan, outline_of, problem_of, settle
+from lorajax.memory.plan import Plan, gib, make_plan, outline_of, problem_of, settle
 from lorajax.memory.policy import Layout
 from lorajax.memory.targets import TARGETS, Target, find_target
 from lorajax.models.decoder import Decoder
 from lorajax.sharding import data_mesh, replicated, shapes
-from lorajax.training.inputs import RunShape
+from lorajax.training.inputs import Inputs, RunShape
 from lorajax.training.program import compile_planned, state_shapes
 from lorajax.training.weights import split_weights
 
 R = TypeVar("R", bound=RunShape)
 
+# Sample prompts that are answered at a time, at most.
+ANSWERED_AT_ONCE = 8
+# Of a prompt whose tokenizer need not be here: few bytes a token, and what a chat template puts around it.
+_BYTES_A_TOKEN, _TEMPLATE_TOKENS = 2, 32
 # Taken for the host memory of a machine that is not here.
 _HOST_ELSEWHERE = 64 * 2**30
 
@@ -75,9 +81,57 @@ def _plan_elsewhere(config: Config, model: Decoder, target: Target, compiles: bo
         return plan
 
     def compiled(layout: Layout) -> tuple[None, int]:
-        return None, compile_elsewhere(config, target, layout).total
+        return None, compile_elsewhere(config, target, Variant(layout)).total
 
-    return settle(plan, compiled, may_choose=config.memory.checkpointing == "auto")[0]
+    plan, _ = settle(plan, compiled, may_choose=config.memory.checkpointing == "auto")
+    if config.data.eval_path is not None or config.data.eval_fraction > 0:
+        # Nothing is kept from layer to layer, so that two take as much as all.
+        variant = Variant(plan.chosen.layout._replace(checkpointing="none"), num_layers=2, evaluates=True)
+        found = compile_elsewhere(config, target, variant)
+        plan = plan.beside("evaluation", found.temporaries)
+    if prompts := config.output.sample_prompts:
+        longest = max(len(prompt.encode()) for prompt in prompts) // _BYTES_A_TOKEN + _TEMPLATE_TOKENS
+        plan = plan.beside(
+            "generation",
+            answering_bytes(
+                model.options,
+                itemsize=model.dtype.itemsize,
+                rows=min(len(prompts), ANSWERED_AT_ONCE),
+                prompt=longest,
+                new=config.output.sample_max_new_tokens,
+            ),
+        )
+    return plan
+
+
+def plan_answers(plan: Plan, inputs: Inputs, model: Decoder) -> tuple[Plan, int]:
+    """How many of output.sample_prompts are answered at a time, so that they fit beside weights and state.
+
+    Returns:
+        The plan with what that takes, and the number.
+
+    Raises:
+        UserError: not even one prompt's answer fits.
+    """
+    output, at_once = inputs.config.output, ANSWERED_AT_ONCE
+    while True:
+        taken = answering_memory(
+            model,
+            inputs.tokenizer,
+            output.sample_prompts,
+            max_new_tokens=output.sample_max_new_tokens,
+            batch_size=at_once,
+        )
+        plan = plan.beside("generation", taken)
+        if plan.others["generation"] <= plan.budget:
+            return plan, at_once
+        if at_once == 1:
+            raise UserError(
+                f"answering output.sample_prompts takes {gib(taken)} beside weights and state "
+                f"({gib(plan.fixed)}), the budget is {gib(plan.budget)}; shorten them, lower "
+                "output.sample_max_new_tokens, or raise memory.budget"
+            )
+        at_once //= 2
 
 
 def planned(run: R, model: Decoder) -> tuple[Plan | None, R]:

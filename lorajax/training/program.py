@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from lorajax_kernels.device import split_over
 
 from lorajax.data.cache import user_cache_folder
+from lorajax.memory.analysis import Memory, memory_of
 from lorajax.memory.plan import Plan, settle
 from lorajax.memory.policy import Layout
 from lorajax.sharding import replicated, rows, shapes
@@ -30,25 +31,6 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache_folder() / "xla"))
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Memory of one device that a compiled program takes, in bytes (XLA's own analysis).
-
-    Attributes:
-        arguments: weights, optimizer state and batch.
-        temporaries: activations and scratch.
-        host: pinned memory of the host.
-    """
-
-    arguments: int
-    temporaries: int
-    host: int
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.temporaries
-
-
 Evaluation = Callable[[Weights, Weights, Batch], Float[Array, ""]]
 
 
@@ -60,11 +42,13 @@ class Program:
         step: (state, frozen, batch) -> (state, metrics); the state that goes in is gone afterwards.
         memory: the most that it takes, evaluation included.
         evaluate: (trainable, frozen, batch [1, B, T]) -> summed loss of the batch; None: not asked for.
+        evaluation: what that takes beside a step's state.
     """
 
     step: Callable[[TrainState, Weights, Batch], tuple[TrainState, StepMetrics]]
     memory: Memory
     evaluate: Evaluation | None = None
+    evaluation: Memory | None = None
 
 
 def first_state(run: RunShape, trainable: Weights) -> TrainState:
@@ -112,7 +96,7 @@ def compile_step(run: RunShape, graph: Any, state: TrainState, frozen: Weights) 
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated(run.mesh))
     compiled = jitted.lower(state, frozen, batch_shapes(run)).compile()
-    return Program(compiled, _memory(compiled))
+    return Program(compiled, memory_of(compiled))
 
 
 def compile_planned(
@@ -138,6 +122,8 @@ def compile_planned(
         return program, program.memory.total
 
     plan, program = settle(plan, compiled, may_choose=run.config.memory.checkpointing == "auto")
+    if program.evaluation is not None:
+        plan = plan.beside("evaluation", program.evaluation.temporaries)
     return dataclasses.replace(run, planned=plan.chosen.layout), program, plan
 
 
@@ -147,7 +133,7 @@ def _compile_all(run: RunShape, graph: Any, state: TrainState, frozen: Weights, 
         return program
     evaluate, memory = compile_evaluation(run, graph, state, frozen)
     most = max(program.memory.temporaries, memory.temporaries)
-    return Program(program.step, dataclasses.replace(program.memory, temporaries=most), evaluate)
+    return Program(program.step, dataclasses.replace(program.memory, temporaries=most), evaluate, memory)
 
 
 def batch_shapes(run: RunShape, *, micro_batches: int | None = None) -> Batch:
@@ -176,14 +162,4 @@ def compile_evaluation(
 
     batch = batch_shapes(run, micro_batches=1)
     compiled = jax.jit(evaluate).lower(state.trainable, frozen, batch).compile()
-    return compiled, _memory(compiled)
-
-
-def _memory(compiled: Any) -> Memory:
-    analysis = compiled.memory_analysis()
-    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return Memory(
-        analysis.argument_size_in_bytes + outputs,
-        analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes,
-        analysis.host_temp_size_in_bytes,
-    )
+    return compiled, memory_of(compiled)

@@ -109,7 +109,7 @@ def test_steps_compile_for_gpus_that_are_not_here(name, config_of):
     )
     some = LayerPolicy.of({"block_input": "offload", "gate": "save"})
     layout = Layout(4, Policy((some, LayerPolicy.of({}))))
-    found = compile_elsewhere(config, find_target(name), layout, num_layers=2)
+    found = compile_elsewhere(config, find_target(name), Variant(layout, 2))
     rows = 4 * 1024 * 256 * 2  # bytes of an activation of the hidden size
     assert found.host == rows
     assert found.temporaries > 10 * rows and found.arguments > 2 * 4096 * 256
@@ -142,7 +142,7 @@ def test_memory_grows_with_rows_layers_and_what_is_kept(config_of):
 @needs_plugin
 def test_what_takes_too_long_is_given_up(config_of):
     with pytest.raises(UserError, match="compiling for t4 took more than 0 s"):
-        compile_elsewhere(config_of(), find_target("t4"), Layout(4, "full"), timeout=0.1)
+        compile_elsewhere(config_of(), find_target("t4"), Variant(Layout(4, "full")), timeout=0.1)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_what_has_to_be_installed_is_said(versions, message, config_of, monkeypa
     monkeypatch.setattr(elsewhere.shutil, "which", lambda name: None)
     monkeypatch.setattr(elsewhere, "_TOOLKITS", ())
     with pytest.raises(UserError, match=rf"{message}.*pip install 'lorajax\[plan\]'"):
-        compile_elsewhere(config_of(), find_target("t4"), Layout(4, "full"))
+        compile_elsewhere(config_of(), find_target("t4"), Variant(Layout(4, "full")))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorajax.errors import UserError
-from lorajax.memory.plan import Plan, choose_again, describe, refusal, thinned
+from lorajax.memory.plan import Plan, choose_again, describe, refusal, settle, thinned
 from lorajax.memory.planner import estimate, estimates, micro_batch_counts
 from lorajax.memory.policy import ACTIVATIONS, LayerPolicy, Layout, Policy
 
@@ -114,12 +114,56 @@ def test_the_compiled_step_corrects_the_estimates(plan_of):
     off = 300 * 2**20
     checked = plan.checked(plan.chosen.device.total + off)
     assert checked.compiled == checked.chosen.device.total == plan.chosen.device.total + off
-    before = {option.layout: option.device.total for option in plan.options}
-    assert all(each.device.total == before[each.layout] + off for each in checked.options)
+    for before, after in zip(plan.options, checked.options, strict=True):
+        # As many rows are as far off, more rows are further off.
+        moved = off * before.layout.rows // plan.chosen.layout.rows
+        assert after.layout == before.layout and after.device.total == before.device.total + moved
     too_much = plan.checked(9 * GIB)
     assert not too_much.fits(too_much.chosen)
     again = choose_again(too_much)
     assert again.fits(again.chosen) and again.chosen.seconds >= plan.chosen.seconds
+
+
+def test_what_has_been_compiled_is_known_and_moves_its_own_rows_alone(plan_of):
+    plan = plan_of("1b", rows=8, length=2048, budget=8)
+    first = plan.checked(plan.chosen.device.total + 300 * 2**20)
+    other = next(each for each in first.options if each.layout.rows != plan.chosen.layout.rows)
+    second = dataclasses.replace(first, chosen=other).checked(other.device.total - 100 * 2**20)
+    assert second.sizes == {plan.chosen.layout: first.taken, other.layout: second.taken}
+    for before, after in zip(first.options, second.options, strict=True):
+        if before.layout.rows == plan.chosen.layout.rows:
+            assert after == before
+
+
+@pytest.mark.parametrize(
+    "error, layouts, least",
+    [(0.5, 3, 0.93), (-0.3, 2, 0.97), (0.0, 1, 0.97)],
+    ids=["too little was estimated", "too much", "right"],
+)
+def test_a_plan_settles_on_a_layout_that_fits_and_leaves_little(plan_of, error, layouts, least):
+    """The estimates being off by a share of what is beside weights and state, at any layout."""
+    plan = plan_of("1b", rows=8, length=2048, budget=8)
+    true = {each.layout: each.device.total + int(error * sum(each.device[3:])) for each in plan.options}
+    tried = []
+
+    def compiled(layout):
+        tried.append(layout)
+        return layout, true[layout]
+
+    settled, program = settle(plan, compiled, may_choose=True)
+    assert program == settled.chosen.layout and settled.compiled == true[program] <= 8 * GIB
+    assert len(tried) == len(set(tried)) <= layouts
+    best = min(each.seconds for each in plan.options if true[each.layout] <= 8 * GIB)
+    assert best / settled.chosen.seconds >= least
+
+
+def test_a_named_layout_is_compiled_once_and_refused_if_it_does_not_fit(problem, plan_of):
+    plan = plan_of("1b", rows=8, length=2048, budget=8)
+    asked = dataclasses.replace(plan, chosen=estimate(problem("1b", rows=8, length=2048), Layout(8, "none")))
+    settled, _ = settle(asked, lambda layout: (None, 7 * GIB), may_choose=False)
+    assert settled.chosen.layout.rows == 8 and settled.taken == 7 * GIB
+    with pytest.raises(UserError, match=r"a step takes 9.00G of H200"):
+        settle(asked, lambda layout: (None, 9 * GIB), may_choose=False)
 
 
 def test_refusals_say_what_is_missing_and_what_fits(problem, plan_of):
@@ -132,7 +176,7 @@ def test_refusals_say_what_is_missing_and_what_fits(problem, plan_of):
     asked = dataclasses.replace(plan, chosen=estimate(problem("1b", **shape), Layout(8, "none")))
     lines = refusal(asked).splitlines()
     assert lines[0].startswith("a step takes 15.") and len(lines) == 4
-    assert "--train.per_device_train_batch_size 2 --train.gradient_accumulation_steps 4" in lines[1]
+    assert "--train.per_device_train_batch_size 4 --train.gradient_accumulation_steps 2" in lines[1]
 
 
 def test_a_plan_reads_as_a_table(plan_of):
