@@ -55,7 +55,7 @@ def run_layers(
     blocks: Sequence[Any],
     x: Float[Array, "B T D"],
     *,
-    checkpointing: Checkpointing,
+    checkpointing: Checkpointing | None,
 ) -> Float[Array, "B T D"]:
     """Apply `layer(block, index, x)` for each block in order.
 
@@ -64,11 +64,16 @@ def run_layers(
             index is an int32 scalar where there are gradients, else an int.
         blocks: one nnx module per layer.
         x: input of the first layer.
-        checkpointing: what is kept, see the table above (rematerialisation: Chen et al., 2016).
+        checkpointing: what is kept, see the table above (rematerialisation: Chen et al., 2016); None: a plain
+            loop, of which JAX keeps what it likes.
 
     Raises:
         ValueError: as Policy.of.
     """
+    if checkpointing is None:
+        for index, block in enumerate(blocks):
+            x = layer(block, index, x)
+        return x
     policy = Policy.of(checkpointing, len(blocks))
     split = [nnx.split(block) for block in blocks]
     leaves = [jax.tree.flatten(state) for _, state in split]
@@ -93,9 +98,8 @@ def _with_policy(
 
     @jax.custom_vjp
     def run(leaves: Any, x: Array) -> Array:
-        for index, (kind, own) in enumerate(zip(kinds, leaves, strict=True)):
-            x = layer(kind.merge(own), index, x)
-        return x
+        blocks = [kind.merge(own) for kind, own in zip(kinds, leaves, strict=True)]
+        return run_layers(layer, blocks, x, checkpointing=None)
 
     def forward(leaves: Any, x: Any) -> tuple[Array, Any]:
         trained = [tuple(leaf.perturbed for leaf in own) for own in leaves]

@@ -295,7 +295,7 @@ class Decoder(nnx.Module):
         *,
         max_segments: int | None = None,
         dropout_key: PRNGKeyArray | None = None,
-        checkpointing: Checkpointing = "none",
+        checkpointing: Checkpointing | None = None,
     ) -> Float[Array, "B T D"]:
         """Activations after the final norm, in the model's dtype.
 
@@ -307,7 +307,8 @@ class Decoder(nnx.Module):
                 segment.
             max_segments: most segments on a row, padding included; some attention kernels need a bound.
             dropout_key: key of the adapters' dropout; None switches it off.
-            checkpointing: what the layers keep for the backward pass (lorajax.memory.policy).
+            checkpointing: what the layers keep for the backward pass (lorajax.memory.policy); None: what JAX
+                keeps by itself.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -329,7 +330,7 @@ class Decoder(nnx.Module):
         attend: Attend,
         *,
         dropout_key: PRNGKeyArray | None = None,
-        checkpointing: Checkpointing = "none",
+        checkpointing: Checkpointing | None = None,
     ) -> Float[Array, "B T D"]:
         """`hidden_states`, with what rotates and what mixes the tokens handed in.
 

@@ -217,7 +217,7 @@ def loss_sum(
     rows: Rows,
     *,
     mesh: Mesh,
-    checkpointing: Checkpointing = "none",
+    checkpointing: Checkpointing | None = None,
     max_segments: int | None = None,
     dropout_key: Key[Array, ""] | None = None,
     train_head: bool = False,

@@ -102,7 +102,7 @@ def gradient(weights):
     """gradient(batch, ...): (loss, gradient by path) of a batch [A, B, T]."""
 
     @functools.cache
-    def program(mode: str, attention: str, checkpointing: str, dropout: bool):
+    def program(mode: str, attention: str, checkpointing: str | None, dropout: bool):
         graph, _, _ = weights(mode, attention)
 
         def run(trainable, frozen, batch, key):
@@ -119,7 +119,7 @@ def gradient(weights):
 
         return jax.jit(run, compiler_options=OPTIONS)
 
-    def gradient(batch, mode="lora", *, attention="auto", checkpointing="none", dropout_seed=None):
+    def gradient(batch, mode="lora", *, attention="auto", checkpointing=None, dropout_seed=None):
         _, trainable, frozen = weights(mode, attention)
         run = program(mode, attention, checkpointing, dropout_seed is not None)
         loss, leaves = run(trainable, frozen, batch, jax.random.key(dropout_seed or 0))
@@ -173,7 +173,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(mode, gradient, dens
 def test_recomputed_and_offloaded_equal_saved(mode, micro_batches, dropout_seed, gradient):
     batch = cut(make_batch(), micro_batches)
     loss, saved = gradient(batch, mode, dropout_seed=dropout_seed)
-    for checkpointing in ("full", "offload"):
+    for checkpointing in ("none", "full", "offload"):
         other_loss, other = gradient(batch, mode, checkpointing=checkpointing, dropout_seed=dropout_seed)
         assert abs(other_loss - loss) <= 1e-6 * loss
         assert difference(other, saved) <= 1e-6
