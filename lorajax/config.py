@@ -123,7 +123,7 @@ class MemoryConfig:
     checkpointing: str | dict[str, str] = "auto"
     """What layers keep for the backward pass: auto (chosen for the memory that there is), none (all
     that has a name), full (only each layer's input), offload (those in host memory), or by the name of an
-    activation: save, offload or recompute."""
+    activation: save, offload or recompute; gradient: offload keeps adapters' gradients in host memory."""
     budget: str | None = None
     """Most GPU memory for weights, state and activations, such as 24GiB; null: what is free."""
     host_budget: str | None = None

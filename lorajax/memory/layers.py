@@ -24,8 +24,7 @@ last moment. Optimization barriers tie both to the computation, one layer at a t
                          differentiated. They start no earlier than that, and layer i - copy_span does not
                          start before they are there.
 
-Adapters' gradients of layers that offload wait on the host too, until all layers are done. So what is on the
-GPU of offloaded activations is that of copy_span + 1 layers at most, whatever the number of
+So what is on the GPU of offloaded activations is that of copy_span + 1 layers at most, whatever the number of
 layers, and each copy has copy_span layers to hide behind.
 """
 
@@ -142,8 +141,9 @@ def _with_policy(
             gradient, dy = traces[index].backward(own, index, here, policy.layers[index], dy)
             # The adapters' gradients now: XLA likes to make them all at the end, from inputs that it keeps.
             gradient, dy = jax.lax.optimization_barrier((gradient, dy))
-            # The last one stays: the others come back when it is there, when nothing else is.
-            gradients.append(_gradient_kept(gradient, beside=kept[index].travelling if index else ()))
+            # That of the first layer stays: the others come back when it is there, and nothing else is.
+            away = policy.layers[index].gradient_away and index > 0
+            gradients.append(_gradient_kept(gradient, away=away))
             if index:
                 dy = kept[index - 1].tied_to(dy)
             if len(gradients) > policy.copy_span:
@@ -192,13 +192,9 @@ class _Kept:
         return dy
 
 
-def _gradient_kept(gradient: Sequence[Array], *, beside: Sequence[Array]) -> _Kept:
-    """A layer's, in host memory where it is no more than the activations that travel.
-
-    As one array there: with many small copies in a layer, XLA keeps large activations on the GPU.
-    """
-    size = sum(each.nbytes for each in gradient)
-    if not size or size > sum(each.nbytes for each in beside) or len({each.dtype for each in gradient}) > 1:
+def _gradient_kept(gradient: Sequence[Array], *, away: bool) -> _Kept:
+    """As one array in host memory: with many small copies in a layer, XLA keeps large ones on the GPU."""
+    if not away or len({each.dtype for each in gradient}) != 1:
         return _Kept(list(gradient), [False] * len(gradient))
     joined = jnp.concatenate([each.ravel() for each in gradient])
     return _Kept([jax.device_put(joined, jax.memory.Space.Host)], [True])

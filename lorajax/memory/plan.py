@@ -15,7 +15,7 @@ from lorajax.errors import UserError
 from lorajax.lora.adapter import outline_lora
 from lorajax.memory.costs import Rates, workload
 from lorajax.memory.planner import Estimate, Problem, estimate, estimates, micro_batch_counts
-from lorajax.memory.policy import ACTIVATIONS, Layout, Policy
+from lorajax.memory.policy import ACTIVATIONS, GRADIENT, Layout, Policy
 from lorajax.models.checkpoint import outline
 from lorajax.models.decoder import Decoder, LoRAParam
 
@@ -349,6 +349,8 @@ def describe(policy: Policy) -> dict[str, str]:
         for word, number in (("saved", saved), ("offloaded", away), ("recomputed", layers - saved - away)):
             if number:
                 words[word].append(name if number == layers else f"{name} ({number} of {layers} layers)")
+    if any(layer.gradient_away for layer in policy.layers):
+        words["offloaded"].append(GRADIENT)
     return {word: ", ".join(names) for word, names in words.items() if names}
 
 

@@ -197,10 +197,9 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout, policy: Policy) ->
             behind_backward += copy - backward
     step += max(0.0, behind_forward) + max(0.0, behind_backward) + COPY_COST * copies
     seconds = micro_batches * (step + costs.micro_batch) + costs.update
-    # Gradients wait on the host where a layer offloads more than that; their sum over micro-batches does not.
-    gradient = 4 * work.trainable / len(policy.layers)
-    waiting = sum(gradient > away for away in travelling) + policy.copy_span
-    gradients = gradient * min(waiting, len(policy.layers))
+    # What gradients sum up to over micro-batches stays on the GPU.
+    waiting = sum(not layer.gradient_away for layer in policy.layers)
+    gradients = 4 * work.trainable * waiting / len(policy.layers)
     workspace = _workspace(work, policy) + gradients + (0 if micro_batches == 1 else 4 * work.trainable)
     device = Breakdown(*problem.fixed, _activations(saved, travelling, policy.copy_span), int(workspace))
     return Estimate(layout, micro_batches, seconds, device, sum(travelling))

@@ -23,6 +23,9 @@ ACTIVATIONS: dict[str, str] = {
     "lora_hidden": "[B, T, R] for each projection with an adapter, x A^T",
 }
 
+# Not an activation, but a policy names it like one: what a layer's trained weights get.
+GRADIENT = "gradient"
+
 # These are never offloaded: with many small copies in a layer, XLA keeps the large ones on the GPU too.
 _SMALL = frozenset({"attention_lse", "lora_hidden"})
 
@@ -39,10 +42,12 @@ class LayerPolicy:
     Attributes:
         saved: names of the activations kept on the GPU.
         offloaded: of those kept in host memory.
+        gradient_away: keep the layer's gradient in host memory until all layers have theirs.
     """
 
     saved: frozenset[str] = frozenset()
     offloaded: frozenset[str] = frozenset()
+    gradient_away: bool = False
 
     def __post_init__(self) -> None:
         if "block_input" not in self.saved | self.offloaded:
@@ -52,28 +57,37 @@ class LayerPolicy:
 
     @classmethod
     def of(cls, actions: Mapping[str, str]) -> LayerPolicy:
-        """From {name: action}; names that are left out are recomputed, the block's input is saved.
+        """From {name: action}; activations that are left out are recomputed, but for the block's input.
+
+        That is saved, and so is the gradient.
 
         Raises:
-            ValueError: a name or an action is unknown, the block's input is to be recomputed, or something
-                small is to be offloaded.
+            ValueError: a name or an action is unknown, the block's input or the gradient is to be recomputed,
+                or something small is to be offloaded.
         """
+        actions = dict(actions)
+        gradient = actions.pop(GRADIENT, "save")
+        if gradient not in ("save", "offload"):
+            raise ValueError(f"{GRADIENT}: {gradient!r} is not one of save, offload")
         for name, action in actions.items():
             if name not in ACTIVATIONS:
-                raise ValueError(f"{name!r} is no activation of a layer; known: {', '.join(ACTIVATIONS)}")
+                raise ValueError(
+                    f"{name!r} is no activation of a layer; known: {', '.join(ACTIVATIONS)}, {GRADIENT}"
+                )
             if action not in ACTIONS:
                 raise ValueError(f"{name}: {action!r} is not one of {', '.join(ACTIONS)}")
         actions = {"block_input": "save", **actions}
         chosen = {
             action: frozenset(name for name in actions if actions[name] == action) for action in ACTIONS
         }
-        return cls(saved=chosen["save"], offloaded=chosen["offload"])
+        return cls(chosen["save"], chosen["offload"], gradient_away=gradient == "offload")
 
     @property
     def actions(self) -> dict[str, str]:
         """What `of` takes, in the order of ACTIVATIONS."""
         where = {name: "save" for name in self.saved} | {name: "offload" for name in self.offloaded}
-        return {name: where[name] for name in ACTIVATIONS if name in where}
+        actions = {name: where[name] for name in ACTIVATIONS if name in where}
+        return actions | ({GRADIENT: "offload"} if self.gradient_away else {})
 
 
 EVERYTHING = LayerPolicy(saved=frozenset(ACTIVATIONS))

@@ -24,8 +24,12 @@ def test_names_left_out_are_recomputed_and_the_input_is_saved():
     "checkpointing, message",
     [
         ("half", "'half' is not one of none, full, offload"),
-        ({"gates": "save"}, f"'gates' is no activation of a layer; known: {', '.join(ACTIVATIONS)}"),
+        (
+            {"gates": "save"},
+            f"'gates' is no activation of a layer; known: {', '.join(ACTIVATIONS)}, gradient",
+        ),
         ({"gate": "keep"}, "gate: 'keep' is not one of save, offload, recompute"),
+        ({"gradient": "recompute"}, "gradient: 'recompute' is not one of save, offload"),
         ({"block_input": "recompute"}, "block_input: it cannot be recomputed"),
         ({"lora_hidden": "offload"}, "lora_hidden: it is too small to be worth a copy"),
         (Policy((EVERYTHING,)), "a policy of 1 layers for 3"),
@@ -42,7 +46,8 @@ def test_copies_take_a_layer_at_least():
 
 
 def test_a_policy_goes_through_json():
-    some = LayerPolicy.of({"block_input": "offload", "gate": "save", "attention_output": "offload"})
+    actions = {"block_input": "offload", "gate": "save", "attention_output": "offload"}
+    some = LayerPolicy.of(actions | {"gradient": "offload"})
     policy = Policy((some, some, EVERYTHING, LayerPolicy.of({})), copy_span=2)
     plain = json.loads(json.dumps(policy.as_plain()))
     assert [number for number, _ in plain["layers"]] == [2, 1, 1]
