@@ -57,6 +57,25 @@ def differences(losses: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
+def summary(config: str, runs: dict[str, Any], refused: dict[str, str], commit: str | None) -> dict[str, Any]:
+    """The result, of the runs so far."""
+    first = next(iter(runs.values()))
+    losses = {name: run["losses"] for name, run in runs.items()}
+    apart = differences(losses)
+    packages = ("lorajax", "jax", "jaxlib", "jax-triton", "triton", "flax", "optax", "transformers")
+    return {
+        "benchmark": "attention_losses",
+        "config": Path(config).name,
+        **environment(*packages, commit=commit),
+        "device": first["device"],
+        "settings": first["settings"] | {"model": first["settings"]["model"] | {"attention": "each"}},
+        "losses": losses,
+        "refused": refused,
+        "differences": apart,
+        "largest_difference": max((d for pair, d in apart.items() if FLOAT32 not in pair), default=None),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -75,31 +94,23 @@ def main() -> None:
     chosen = {name: [f"--model.attention={name}"] for name in IMPLEMENTATIONS}
     if arguments.float32:
         chosen[FLOAT32] = ["--model.attention=xla", "--model.dtype=float32"]
-    runs, refused = {}, {}
+    runs: dict[str, Any] = {}
+    refused: dict[str, str] = {}
     for name, options in chosen.items():
         command = [arguments.config, "--here", f"--steps={arguments.steps}", *overrides, *options]
         run = last_json(__file__, command)
-        (refused if "error" in run else runs)[name] = run
+        if "error" in run:
+            refused[name] = run["error"]
+        else:
+            runs[name] = run
         print(name, run.get("error") or run["losses"], flush=True)
+        # After each, so that a run that takes too long does not take those before it along.
+        if runs:
+            record = summary(arguments.config, runs, refused, arguments.commit)
+            Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if not runs:
         sys.exit("none could serve")
-    first = next(iter(runs.values()))
-    losses = {name: run["losses"] for name, run in runs.items()}
-    apart = differences(losses)
-    packages = ("lorajax", "jax", "jaxlib", "jax-triton", "triton", "flax", "optax", "transformers")
-    record = {
-        "benchmark": "attention_losses",
-        "config": Path(arguments.config).name,
-        **environment(*packages, commit=arguments.commit),
-        "device": first["device"],
-        "settings": first["settings"] | {"model": first["settings"]["model"] | {"attention": "each"}},
-        "losses": losses,
-        "refused": {name: run["error"] for name, run in refused.items()},
-        "differences": apart,
-        "largest_difference": max((d for pair, d in apart.items() if FLOAT32 not in pair), default=None),
-    }
-    Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print("largest difference:", record["largest_difference"], apart)
+    print("largest difference:", record["largest_difference"], record["differences"])
 
 
 if __name__ == "__main__":
