@@ -3,12 +3,29 @@
     python benchmarks/train_step.py 1b,8,2048,none,xla 1b,8,2048,none,cudnn --out result.json
 
 Each argument is MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION; MODEL is 1b or 8b (Llama 3.2 1B and Llama 3.1 8B
-with a tied head) or tiny. BATCH is a number of rows, or 4x2: four micro-batches of two rows. CHECKPOINTING is
-a preset, what is planned within a budget (auto@5.06GiB), or what is done with activations, the rest being
-recomputed: gate=save+block_input=offload. LoRA of rank 32 on all projections, bfloat16 (float32 on a CPU),
-AdamW, random tokens, every one a target; --segments puts that many equal documents on a row. The program is
-that of lorajax.train. Each case runs in a process of its own, so that its peak memory is its own. Steps are
-queued as in a run, STEPS at a time; the median is of ROUNDS such runs. The kernels that a step is made of:
+with a tied head) or tiny; 8b:8 has 8 layers only. BATCH is a number of rows, or 4x2: four micro-batches of
+two rows. CHECKPOINTING is a preset, what is planned within a budget (auto@5.06GiB), or what is done with
+activations, the rest being recomputed: gate=save+block_input=offload. LoRA of rank 32 on all projections,
+bfloat16 (float32 on a CPU), AdamW, random tokens, every one a target; --segments puts that many equal
+documents on a row. The program is that of lorajax.train. Each case runs in a process of its own, so that its
+peak memory is its own. Steps are queued as in a run, STEPS at a time, or fewer where they would take longer
+than ROUND_SECONDS; the median is of ROUNDS such runs.
+
+    python benchmarks/train_step.py CASE CASE ... --jobs 8 --cache FOLDER --out result.json
+
+compiles all cases first, eight side by side and without weights, and then times them one after the other:
+`compiled_anew` is the number of programs that a case did not find in the cache. While many compile, XLA times
+ways to multiply on a GPU that others use too, and may keep a slower one: take --jobs 1, or none, for figures
+that are held against a limit. --compile-only stops after the first phase.
+
+    python benchmarks/train_step.py 8b,4,4096,full,auto 8b,4,4096,offload,auto --alternate 5 --out result.json
+
+prepares all cases in one process, which holds the weights of a model once, and times them in turns, every
+other time in the opposite order: for differences smaller than the drift from one process to the next. A row
+has the milliseconds of all rounds, and the ratio of its median to that of the first case. Its memory is that
+of the compiled program; peak_gib is null, because a peak would be that of all cases together.
+
+The kernels that a step is made of:
 
     export XLA_FLAGS=--xla_gpu_enable_command_buffer=
     python benchmarks/train_step.py CASE --here --profile kernels.json
@@ -17,17 +34,32 @@ queued as in a run, STEPS at a time; the median is of ROUNDS such runs. The kern
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
-import math
+import os
 import statistics
 import subprocess
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from environment import environment
 from processes import last_json
+
+if TYPE_CHECKING:
+    from lorajax.config import Config
+    from lorajax.memory.plan import Plan
+    from lorajax.models.decoder import Decoder
+    from lorajax.training.inputs import RunShape
+    from lorajax.training.program import Program
+    from lorajax.training.step import Batch, StepMetrics, TrainState
+    from lorajax.training.weights import Weights
 
 SHAPES: dict[str, dict[str, int]] = {
     "1b": dict(
@@ -41,126 +73,372 @@ SHAPES: dict[str, dict[str, int]] = {
     ),
 }
 WARM_UP, STEPS, ROUNDS = 3, 10, 3
+ROUND_SECONDS, FEWEST_STEPS = 5.0, 3
+PACKAGES = ("lorajax", "jax", "jaxlib", "flax", "optax")
+
+# What JAX reports of its compilation cache, counted; nothing where there is none.
+_CACHE_EVENTS: Counter[str] = Counter()
+_NOT_FOUND = "/jax/compilation_cache/cache_misses"
 
 
 def hf_config(name: str) -> dict[str, Any]:
-    tiny = name == "tiny"
-    return SHAPES[name] | {
-        "model_type": "llama",
-        "num_key_value_heads": 2 if tiny else 8,
-        "vocab_size": 1024 if tiny else 128256,
-        "max_position_embeddings": 8192,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-    }
+    """config.json of a model: a name of SHAPES, or NAME:LAYERS."""
+    shape, _, layers = name.partition(":")
+    tiny = shape == "tiny"
+    return (
+        SHAPES[shape]
+        | ({"num_hidden_layers": int(layers)} if layers else {})
+        | {
+            "model_type": "llama",
+            "num_key_value_heads": 2 if tiny else 8,
+            "vocab_size": 1024 if tiny else 128256,
+            "max_position_embeddings": 8192,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+        }
+    )
 
 
-def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
-    """One case, in this process; `profile` names a file for the kernels of a step."""
+class Case(NamedTuple):
+    """MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION; budget: what follows an @ in CHECKPOINTING."""
+
+    model: str
+    micro_batches: int
+    rows: int
+    length: int
+    checkpointing: str
+    budget: str | None
+    attention: str
+
+    @classmethod
+    def of(cls, text: str) -> Case:
+        model, batch, length, checkpointing, attention = text.split(",")
+        micro_batches, rows = batch.split("x") if "x" in batch else ("1", batch)
+        checkpointing, _, budget = checkpointing.partition("@")
+        if "=" in checkpointing:
+            checkpointing = json.dumps(dict(pair.split("=") for pair in checkpointing.split("+")))
+        return cls(
+            model, int(micro_batches), int(rows), int(length), checkpointing, budget or None, attention
+        )
+
+
+@dataclass
+class Prepared:
+    """A case that is compiled; `state`, `frozen` and `batch` are None where it is only compiled."""
+
+    case: Case
+    segments: int
+    run: RunShape
+    program: Program
+    plan: Plan | None
+    compile_seconds: float
+    compiled_anew: int | None
+    state: TrainState | None = None
+    frozen: Weights | None = None
+    batch: Batch | None = None
+    metrics: StepMetrics | None = None
+
+    def run_steps(self, steps: int) -> float:
+        """Queue so many steps and wait for them; seconds of one."""
+        import jax
+
+        assert self.state is not None and self.frozen is not None and self.batch is not None
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.state, self.metrics = self.program.step(self.state, self.frozen, self.batch)
+        jax.block_until_ready(self.metrics)
+        return (time.perf_counter() - began) / steps
+
+    def warm_up(self) -> int:
+        """Run the first steps; how many are to be queued at a time from now on."""
+        self.run_steps(WARM_UP - 1)
+        return min(STEPS, max(FEWEST_STEPS, round(ROUND_SECONDS / self.run_steps(1))))
+
+    def about(self) -> dict[str, Any]:
+        """What is known without running it."""
+        import jax
+
+        memory = self.program.memory
+        return {
+            "model": self.case.model,
+            "batch": self.run.layout.rows,
+            "micro_batches": self.run.micro_batches,
+            "length": self.case.length,
+            "segments": self.segments,
+            "checkpointing": self.case.checkpointing,
+            "budget": self.case.budget,
+            "plan": self.plan and self.plan.lines(),
+            "attention": self.case.attention,
+            "planned_gib": round(memory.total / 2**30, 2),
+            "temporary_gib": round(memory.temporaries / 2**30, 2),
+            "host_gib": round(memory.host / 2**30, 2),
+            "compile_seconds": round(self.compile_seconds, 1),
+            "compiled_anew": self.compiled_anew,
+            "device": jax.local_devices()[0].device_kind,
+        }
+
+    def row(self, seconds: Sequence[float], steps: int, *, peak: int | None) -> dict[str, Any]:
+        """What `about` tells and what was measured.
+
+        Args:
+            seconds: of a step, in each round.
+            steps: of a round.
+            peak: bytes; None: not known of this case alone.
+        """
+        assert self.metrics is not None
+        median = statistics.median(seconds)
+        return self.about() | {
+            "ms": round(1e3 * median, 2),
+            "slowest_ms": round(1e3 * max(seconds), 2),
+            "steps": steps * len(seconds),
+            "tokens_per_second": round(self.run.rows_per_step * self.case.length / median),
+            "peak_gib": None if peak is None else round(peak / 2**30, 2),
+            "loss": round(float(self.metrics.loss), 4),
+        }
+
+
+def prepare(text: str, segments: int, *, runs: bool = True) -> Prepared:
+    """Compile a case, as lorajax.train does; GPU memory has to be claimed before.
+
+    Args:
+        runs: False: shapes stand in for the weights, and the same program is compiled.
+    """
+    from lorajax.lora.adapter import add_lora
+    from lorajax.memory.plan import outline_of
+    from lorajax.sharding import data_mesh, replicated, shapes
+    from lorajax.training.inputs import RunShape
+    from lorajax.training.planning import planned
+    from lorajax.training.program import compile_planned, first_state, state_shapes
+    from lorajax.training.weights import split_weights
+
+    case = Case.of(text)
+    with model_folder(case.model) as folder:
+        config = config_of(case, segments, folder)
+        outline = outline_of(config)
+    run = RunShape(config=config, mesh=data_mesh(), total_steps=1000)
+    plan, run = planned(run, outline)
+    graph, trainable, frozen = split_weights(outline, "lora")
+    if runs:
+        model = random_model(case.model, config.model.dtype)
+        add_lora(model, config.lora, seed=0)
+        _, trainable, frozen = split_weights(model, "lora")
+        state = first_state(run, trainable)
+    else:
+        state, frozen = state_shapes(run, trainable), shapes(frozen, replicated(run.mesh))
+    began, not_found = time.perf_counter(), _CACHE_EVENTS[_NOT_FOUND]
+    run, program, plan = compile_planned(run, plan, graph, state, frozen)
+    prepared = Prepared(
+        case,
+        segments,
+        run,
+        program,
+        plan,
+        compile_seconds=time.perf_counter() - began,
+        compiled_anew=_CACHE_EVENTS[_NOT_FOUND] - not_found if _CACHE_EVENTS else None,
+    )
+    if runs:
+        prepared.state, prepared.frozen = state, frozen
+        prepared.batch = random_batch(run, outline.options.vocab_size, segments)
+    return prepared
+
+
+@contextlib.contextmanager
+def model_folder(name: str) -> Iterator[str]:
+    """A folder with config.json alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(hf_config(name)))
+        yield folder
+
+
+def config_of(case: Case, segments: int, folder: str) -> Config:
+    import jax
+
+    from lorajax.config import load_config
+
+    settings = {
+        "model.path": folder,
+        "model.dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
+        "model.attention": case.attention,
+        "data.path": "random.jsonl",
+        "data.max_length": case.length,
+        "data.max_segments": segments,
+        "train.per_device_train_batch_size": case.rows,
+        "train.gradient_accumulation_steps": case.micro_batches,
+        "memory.checkpointing": case.checkpointing,
+        "output.output_dir": "unused",
+    } | ({"memory.budget": case.budget} if case.budget else {})
+    return load_config(None, [f"--{key}={value}" for key, value in settings.items()])
+
+
+@functools.cache
+def random_model(name: str, dtype: str) -> Decoder:
+    """The process' one copy of a model's weights, which all its cases share."""
+    from lorajax.models.checkpoint import initialise
+
+    with model_folder(name) as folder:
+        return initialise(folder, dtype=dtype, seed=0)
+
+
+def random_batch(run: RunShape, vocab: int, segments: int) -> Batch:
+    """A step's batch on the devices: the same tokens for every layout of the same rows."""
     import jax
     import numpy as np
 
-    from lorajax.config import load_config
-    from lorajax.lora.adapter import add_lora
-    from lorajax.memory.machine import claim_gpu_memory
-    from lorajax.models.checkpoint import initialise
-    from lorajax.sharding import data_mesh, rows
-    from lorajax.training.inputs import RunShape
-    from lorajax.training.metrics import peak_memory_bytes
-    from lorajax.training.planning import planned
-    from lorajax.training.program import compile_planned, first_state
-    from lorajax.training.weights import split_weights
+    from lorajax.sharding import rows
 
-    name, batch, length, checkpointing, attention = case.split(",")
-    micro_batches, rows_each = batch.split("x") if "x" in batch else ("1", batch)
-    checkpointing, _, budget = checkpointing.partition("@")
-    claim_gpu_memory(budget or None)
-    if "=" in checkpointing:
-        checkpointing = json.dumps(dict(pair.split("=") for pair in checkpointing.split("+")))
-    settings = {
-        "model.dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
-        "model.attention": attention,
-        "data.path": "random.jsonl",
-        "data.max_length": length,
-        "data.max_segments": str(segments),
-        "train.per_device_train_batch_size": rows_each,
-        "train.gradient_accumulation_steps": micro_batches,
-        "memory.checkpointing": checkpointing,
-        "output.output_dir": "unused",
-    } | ({"memory.budget": budget} if budget else {})
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(hf_config(name)))
-        config = load_config(None, [f"--{k}={v}" for k, v in (settings | {"model.path": folder}).items()])
-        model = initialise(folder, dtype=config.model.dtype, attention=attention, seed=0)
-    add_lora(model, config.lora, seed=0)
-    vocab = model.options.vocab_size
-    shape = (int(micro_batches), int(rows_each) * jax.device_count(), int(length))
-    run = RunShape(config=config, mesh=data_mesh(), total_steps=1000)
+    length = run.config.data.max_length
+    shape = (run.micro_batches, run.rows_per_micro_batch, length)
     random = np.random.default_rng(0)
-    ids, place = np.divmod(np.arange(shape[2]), -(-shape[2] // segments))
-    arrays = {
+    ids, place = np.divmod(np.arange(length), -(-length // segments))
+    batch = {
         "tokens": random.integers(0, vocab, shape, dtype=np.int32),
         "targets": random.integers(0, vocab, shape, dtype=np.int32),
         "segment_ids": np.broadcast_to(ids + 1, shape).astype(np.int32),
         "positions": np.broadcast_to(place, shape).astype(np.int32),
         "weights": np.ones(shape, np.float32),
     }
-    plan, run = planned(run, model)
-    graph, trainable, frozen = split_weights(model, "lora")
-    del model
-    state = first_state(run, trainable)
-    began = time.perf_counter()
-    run, program, plan = compile_planned(run, plan, graph, state, frozen)
-    compiled = time.perf_counter() - began
-    shape = (run.micro_batches, run.rows_per_micro_batch, int(length))
-    on_devices = jax.device_put(
-        {name: array.reshape(shape) for name, array in arrays.items()}, rows(run.mesh)
-    )
+    return jax.device_put(batch, rows(run.mesh))
 
-    def run_steps(steps: int) -> Any:
-        nonlocal state
-        for _ in range(steps):
-            state, metrics = program.step(state, frozen, on_devices)
-        return jax.block_until_ready(metrics)
 
-    metrics = run_steps(WARM_UP)
-    seconds = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        metrics = run_steps(STEPS)
-        seconds.append((time.perf_counter() - began) / STEPS)
-    median = statistics.median(seconds)
+def use_cache(folder: str) -> None:
+    """Keep compiled programs, the small ones too, in a folder, and count those that it lacks."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.monitoring.register_event_listener(lambda event, **_: _CACHE_EVENTS.update([event]))
+
+
+def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
+    """One case, in this process; `profile` names a file for the kernels of a step."""
+    from lorajax.memory.machine import claim_gpu_memory
+    from lorajax.training.metrics import peak_memory_bytes
+
+    claim_gpu_memory(Case.of(case).budget)
+    prepared = prepare(case, segments)
+    steps = prepared.warm_up()
+    seconds = [prepared.run_steps(steps) for _ in range(ROUNDS)]
     if profile:
         from kernel_times import kernel_times
 
-        times = kernel_times(lambda: run_steps(1))
+        times = kernel_times(lambda: prepared.run_steps(1))
         Path(profile).write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
-    return {
-        "model": name,
-        "batch": run.layout.rows,
-        "micro_batches": run.micro_batches,
-        "length": int(length),
-        "segments": segments,
-        "checkpointing": checkpointing,
-        "budget": budget or None,
-        "plan": plan and plan.lines(),
-        "attention": attention,
-        "ms": round(1e3 * median, 2),
-        "slowest_ms": round(1e3 * max(seconds), 2),
-        "tokens_per_second": round(math.prod(shape) / median),
-        "peak_gib": round(peak_memory_bytes() / 2**30, 2),
-        "planned_gib": round(program.memory.total / 2**30, 2),
-        "temporary_gib": round(program.memory.temporaries / 2**30, 2),
-        "host_gib": round(program.memory.host / 2**30, 2),
-        "compile_seconds": round(compiled, 1),
-        "loss": round(float(metrics.loss), 4),
-        "device": jax.local_devices()[0].device_kind,
-    }
+    return prepared.row(seconds, steps, peak=peak_memory_bytes())
 
 
-def in_process_of_its_own(case: str, segments: int) -> dict[str, Any]:
-    row = last_json(__file__, [case, "--segments", str(segments), "--here"])
-    return {"case": case, "segments": segments, **row} if "error" in row else row
+def compile_alone(case: str, segments: int, share: str | None) -> dict[str, Any]:
+    """Compile one case in this process, beside others that do so too.
+
+    Args:
+        share: of the GPU that a case without a budget of its own may plan for; None: what is free now.
+    """
+    from lorajax.memory.machine import claim_gpu_memory
+
+    # A plan depends on how much JAX may take: it may take as much as when it runs, but takes what it needs.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    budget = Case.of(case).budget
+    if share is not None and budget is None:
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = share
+    claim_gpu_memory(budget)
+    return prepare(case, segments, runs=False).about()
+
+
+def measure_alternately(cases: Sequence[str], segments: int, rounds: int) -> list[dict[str, Any]]:
+    """All cases in this process, in turns."""
+    from lorajax.memory.machine import claim_gpu_memory
+
+    claim_gpu_memory(None)
+    prepared = [prepare(case, segments) for case in cases]
+    steps = [each.warm_up() for each in prepared]
+    seconds: list[list[float]] = [[] for _ in cases]
+    for number in range(rounds):
+        indices = range(len(cases))
+        for index in reversed(indices) if number % 2 else indices:
+            seconds[index].append(prepared[index].run_steps(steps[index]))
+    first = statistics.median(seconds[0])
+    return [
+        {"case": case, **each.row(times, count, peak=None)}
+        | {
+            "rounds_ms": [round(1e3 * one, 2) for one in times],
+            "ratio": round(statistics.median(times) / first, 4),
+        }
+        for case, each, times, count in zip(cases, prepared, seconds, steps, strict=True)
+    ]
+
+
+def prepare_machine() -> dict[str, Any]:
+    """What plans depend on, found while nothing else uses the GPU: its rates, and how much may be claimed."""
+    import jax
+
+    from lorajax.memory.machine import claim_gpu_memory, machine_rates
+
+    claim_gpu_memory(None)
+    if jax.default_backend() == "gpu":
+        machine_rates()
+    return {"gpu_share": os.environ.get("XLA_CLIENT_MEM_FRACTION")}
+
+
+def in_process_of_its_own(case: str, segments: int, *options: str) -> dict[str, Any]:
+    """A case's row, which is {"case", "segments", "error"} where it fails; options as on the command line."""
+    row = last_json(__file__, [case, "--segments", str(segments), "--here", *options])
+    return {"case": case, "segments": segments, **row}
+
+
+def compile_side_by_side(
+    cases: Sequence[str], segments: int, *, cache: str, jobs: int
+) -> dict[str, dict[str, Any]]:
+    """Fill a compilation cache, each case in a process of its own; case -> its row without times.
+
+    Args:
+        cache: folder.
+        jobs: processes at a time.
+    """
+    if not cases:
+        return {}
+    machine = last_json(__file__, ["--machine"])
+    if "error" in machine:
+        raise SystemExit(machine["error"])
+    share = machine["gpu_share"]
+    options = ["--cache", cache, "--compile-only", *(["--gpu-share", share] if share else [])]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(jobs) as pool:
+        rows = list(pool.map(lambda case: in_process_of_its_own(case, segments, *options), cases))
+    print(f"compiled {len(cases)} cases in {time.perf_counter() - began:.0f} s", flush=True)
+    return dict(zip(cases, rows, strict=True))
+
+
+def measure_in_turn(
+    cases: Sequence[str], segments: int, *, cache: str | None = None, jobs: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Rows of the cases in their order, each timed in a process of its own.
+
+    Args:
+        cache: folder of compiled programs; None: none.
+        jobs: how many are compiled side by side beforehand; a case that does not fit is not tried again.
+    """
+    compiled = {}
+    if jobs:
+        assert cache is not None
+        compiled = compile_side_by_side(cases, segments, cache=cache, jobs=jobs)
+    options = ["--cache", cache] if cache else []
+    for case in cases:
+        row = compiled.get(case, {})
+        yield row if is_refused(row) else in_process_of_its_own(case, segments, *options)
+
+
+def is_refused(row: dict[str, Any]) -> bool:
+    """Whether lorajax itself says that a case cannot be run."""
+    return "UserError" in row.get("error", "")
+
+
+@contextlib.contextmanager
+def cache_folder(named: str | None) -> Iterator[str]:
+    """The folder that is named, or one for the time being."""
+    if named:
+        yield os.path.abspath(named)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
 
 
 def lines_of_json(command: str) -> list[dict[str, Any]]:
@@ -173,11 +451,11 @@ def lines_of_json(command: str) -> list[dict[str, Any]]:
     return records
 
 
-def main() -> None:
+def arguments_of_command() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("cases", nargs="+", metavar="MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION")
+    parser.add_argument("cases", nargs="*", metavar="MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION")
     parser.add_argument(
         "--beside",
         action="append",
@@ -186,25 +464,68 @@ def main() -> None:
         help="run afterwards, from the same folder; its lines of JSON are recorded as they are",
     )
     parser.add_argument("--segments", type=int, default=1, help="documents on a row")
+    parser.add_argument("--alternate", type=int, metavar="N", help="in one process, N rounds in turns")
+    parser.add_argument("--cache", metavar="FOLDER", help="of compiled programs; made where it is missing")
+    parser.add_argument(
+        "--jobs", type=int, default=0, help="compile so many cases at a time, before any runs"
+    )
+    parser.add_argument("--compile-only", action="store_true", help="run nothing")
     parser.add_argument("--out", help="JSON file for the result")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--profile", help="JSON file for the kernels of a step, with --here")
     parser.add_argument("--here", action="store_true", help="the first case alone, in this process")
+    parser.add_argument("--gpu-share", help="with --compile-only --here: see compile_alone")
+    parser.add_argument("--machine", action="store_true", help="see prepare_machine")
     arguments = parser.parse_args()
-    if arguments.here:
-        print(json.dumps(measure(arguments.cases[0], arguments.segments, arguments.profile)))
+    if not arguments.cases and not arguments.machine:
+        parser.error("name a case")
+    if arguments.compile_only and not arguments.cache:
+        parser.error("--compile-only needs --cache, or what it compiles is lost")
+    return arguments
+
+
+def in_this_process(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.machine:
+        return prepare_machine()
+    if arguments.cache:
+        use_cache(arguments.cache)
+    if arguments.compile_only:
+        return compile_alone(arguments.cases[0], arguments.segments, arguments.gpu_share)
+    return measure(arguments.cases[0], arguments.segments, arguments.profile)
+
+
+def rows_of(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    cases, segments, jobs = arguments.cases, arguments.segments, arguments.jobs
+    with contextlib.ExitStack() as stack:
+        cache = arguments.cache
+        if cache or jobs:
+            cache = stack.enter_context(cache_folder(cache))
+        if arguments.compile_only:
+            yield from compile_side_by_side(cases, segments, cache=cache, jobs=max(jobs, 1)).values()
+        elif arguments.alternate:
+            if jobs:
+                compile_side_by_side(list(dict.fromkeys(cases)), segments, cache=cache, jobs=jobs)
+            if cache:
+                use_cache(cache)
+            yield from measure_alternately(cases, segments, arguments.alternate)
+        else:
+            yield from measure_in_turn(cases, segments, cache=cache, jobs=jobs)
+
+
+def main() -> None:
+    arguments = arguments_of_command()
+    if arguments.here or arguments.machine:
+        print(json.dumps(in_this_process(arguments)))
         return
     rows = []
-    for case in arguments.cases:
-        rows.append(in_process_of_its_own(case, arguments.segments))
-        print(json.dumps(rows[-1]), flush=True)
+    for row in rows_of(arguments):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     beside = [record for command in arguments.beside for record in lines_of_json(command)]
     if arguments.out:
-        packages = ("lorajax", "jax", "jaxlib", "flax", "optax")
         record = {
             "benchmark": "train_step",
-            **environment(*packages, commit=arguments.commit),
-            "steps": STEPS * ROUNDS,
+            **environment(*PACKAGES, commit=arguments.commit),
             "rows": rows,
             "beside": beside,
         }
