@@ -12,7 +12,7 @@ from flax import nnx
 from lorajax import generation
 from lorajax.data import render_prompt
 from lorajax.errors import UserError
-from lorajax.generation import generate, stream
+from lorajax.generation import answering_memory, generate, stream
 from lorajax.lora.adapter import add_lora
 from lorajax.lora.config import LoRAConfig
 from lorajax.models.checkpoint import load
@@ -311,3 +311,23 @@ def test_too_long_for_the_context(make_model, tokenizer, scaling, context):
 def test_the_tokenizer_of_another_model(make_model, tokenizer):
     with pytest.raises(UserError, match="gives token 3[0-9]+, but the model knows only 300 tokens"):
         generate(make_model(vocab_size=300), tokenizer, ["The quick brown fox"])
+
+
+def test_what_answering_takes_grows_with_the_prompts_and_answers(make_model, make_tokenizer):
+    model, tokenizer = make_model(), make_tokenizer()
+    options = model.options
+
+    def taken(prompts, batch_size=8, new=STEPS):
+        return answering_memory(model, tokenizer, prompts, max_new_tokens=new, batch_size=batch_size)
+
+    def caches(rows, tokens):
+        return 2 * 4 * options.num_layers * rows * tokens * options.num_kv_heads * options.head_dim
+
+    one, long = PROMPTS[:1], PROMPTS[2:3]
+    prompt = generation._bucket(len(render_prompt(tokenizer, long[0])))
+    # Both lengths are rounded up to a power of two, 64 at least.
+    assert caches(1, 64 + 64) < taken(one) < taken(long)
+    assert taken(long) > caches(1, prompt + 64)
+    assert taken(8 * one, batch_size=2) == taken(2 * one) < taken(8 * one)
+    assert taken(8 * one) - taken(one) >= caches(7, 64 + 64)
+    assert taken(one, new=65) - taken(one) >= caches(1, 64)

@@ -21,6 +21,8 @@ from lorajax.memory.costs import Rates
 CONTEXT_BYTES = 2**30
 # Share of what the allocator has that is left free: it cuts its memory into pieces.
 SLACK = 0.02
+# Of the products and copies that rates are measured with, see measure_rates.
+_MEASURED = {"matrix": 8192, "copied": 2**28}
 _FRACTION = "XLA_CLIENT_MEM_FRACTION"
 _OLD_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
@@ -100,7 +102,10 @@ def machine_rates() -> Rates:
         return Rates(**known[kind])
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
-    rates = measure_rates()
+    sizes = _measured_sizes(gpu_limit(None))
+    rates = measure_rates(**sizes)
+    if sizes != _MEASURED:
+        return rates  # smaller ones are slower: not to be kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
@@ -111,7 +116,18 @@ def machine_rates() -> Rates:
     return rates
 
 
-def measure_rates(*, matrix: int = 8192, copied: int = 2**28) -> Rates:
+def _measured_sizes(limit: int | None) -> dict[str, int]:
+    """Arguments of measure_rates that fit so many bytes."""
+    sizes = dict(_MEASURED)
+    # Three matrices in 16 bits; of a copy, both ends, both ways, and one more under way.
+    while limit is not None and 4 * sizes["matrix"] ** 2 * 2 > limit:
+        sizes["matrix"] //= 2
+    while limit is not None and 6 * sizes["copied"] > limit:
+        sizes["copied"] //= 2
+    return sizes
+
+
+def measure_rates(*, matrix: int, copied: int) -> Rates:
     """Measured now.
 
     Args:

@@ -132,6 +132,11 @@ class Plan:
         """Bytes of a GPU that the chosen layout takes, as well as that is known."""
         return self.size(self.chosen)
 
+    @property
+    def most(self) -> int:
+        """Bytes of a GPU at any time of the run."""
+        return max(self.taken, *self.others.values(), self.fixed)
+
     def size(self, option: Estimate) -> int:
         """Bytes of a GPU, by its compiled step where there is one."""
         return self.sizes.get(option.layout, option.device.total)

@@ -71,8 +71,8 @@ class Result:
         seconds: spent in this process' training steps.
         tokens_per_second: of them, padding not counted; 0 where there were none.
         peak_memory_bytes: of the first GPU, or, on a CPU, of the process.
-        planned_memory_bytes: what the compiled programs take of a GPU; None where there is nothing to train,
-            or on a CPU.
+        planned_memory_bytes: the most that the compiled programs take of a GPU; None where there is nothing
+            to train, or on a CPU.
         stopped_by: the signal that ended the run early; None: it is complete.
     """
 
@@ -242,7 +242,7 @@ def _train(
                 break
             batch = next(batches)
     stopped_by = None if step == total else stop.signal
-    return _Trained(state, step, progress.totals, stopped_by, None if plan is None else plan.compiled)
+    return _Trained(state, step, progress.totals, stopped_by, None if plan is None else plan.most)
 
 
 def _load_model(inputs: Inputs) -> Decoder:

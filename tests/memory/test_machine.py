@@ -54,8 +54,8 @@ def test_rates_are_measured_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calls = []
 
-    def measure():
-        calls.append(1)
+    def measure(**sizes):
+        calls.append(sizes)
         return Rates(1e12, 2e11, 3e10)
 
     monkeypatch.setattr(machine, "measure_rates", measure)
@@ -66,6 +66,19 @@ def test_rates_are_measured_once_and_kept(monkeypatch, tmp_path):
     (tmp_path / "lorajax" / "rates.json").write_text("nonsense")
     machine.machine_rates()
     assert len(calls) == 2
+
+
+def test_rates_are_measured_within_the_memory_there_is_and_only_kept_at_full_size(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "measure_rates", lambda matrix, copied: Rates(matrix, copied, 1.0))
+    monkeypatch.setattr(machine, "gpu_limit", lambda budget: GIB // 2)
+    assert machine.machine_rates() == Rates(8192, 2**26, 1.0)
+    monkeypatch.setattr(machine, "gpu_limit", lambda budget: GIB // 16)
+    assert machine.machine_rates() == Rates(2048, 2**23, 1.0)
+    assert not (tmp_path / "lorajax" / "rates.json").exists()
+    monkeypatch.setattr(machine, "gpu_limit", lambda budget: 80 * GIB)
+    assert machine.machine_rates() == Rates(8192, 2**28, 1.0)
+    assert (tmp_path / "lorajax" / "rates.json").exists()
 
 
 def test_rates_can_be_measured_here():
