@@ -366,8 +366,19 @@ def measure_alternately(cases: Sequence[str], segments: int, rounds: int) -> lis
     ]
 
 
+def machine_at_hand() -> dict[str, Any]:
+    """{"device": its kind, "gpu_share": what may be claimed}; of a GPU, its rates are known from now on.
+
+    In a process of its own, which leaves the GPU free again, and before others use it.
+    """
+    found = last_json(__file__, ["--machine"])
+    if "error" in found:
+        raise SystemExit(found["error"])
+    return found
+
+
 def prepare_machine() -> dict[str, Any]:
-    """What plans depend on, found while nothing else uses the GPU: its rates, and how much may be claimed."""
+    """`machine_at_hand`, in this process."""
     import jax
 
     from lorajax.memory.machine import claim_gpu_memory, machine_rates
@@ -375,7 +386,8 @@ def prepare_machine() -> dict[str, Any]:
     claim_gpu_memory(None)
     if jax.default_backend() == "gpu":
         machine_rates()
-    return {"gpu_share": os.environ.get("XLA_CLIENT_MEM_FRACTION")}
+    share = os.environ.get("XLA_CLIENT_MEM_FRACTION")
+    return {"device": jax.local_devices()[0].device_kind, "gpu_share": share}
 
 
 def in_process_of_its_own(case: str, segments: int, *options: str) -> dict[str, Any]:
@@ -395,10 +407,7 @@ def compile_side_by_side(
     """
     if not cases:
         return {}
-    machine = last_json(__file__, ["--machine"])
-    if "error" in machine:
-        raise SystemExit(machine["error"])
-    share = machine["gpu_share"]
+    share = machine_at_hand()["gpu_share"]
     options = ["--cache", cache, "--compile-only", *(["--gpu-share", share] if share else [])]
     began = time.perf_counter()
     with ThreadPoolExecutor(jobs) as pool:
@@ -475,7 +484,7 @@ def arguments_of_command() -> argparse.Namespace:
     parser.add_argument("--profile", help="JSON file for the kernels of a step, with --here")
     parser.add_argument("--here", action="store_true", help="the first case alone, in this process")
     parser.add_argument("--gpu-share", help="with --compile-only --here: see compile_alone")
-    parser.add_argument("--machine", action="store_true", help="see prepare_machine")
+    parser.add_argument("--machine", action="store_true", help="see machine_at_hand")
     arguments = parser.parse_args()
     if not arguments.cases and not arguments.machine:
         parser.error("name a case")
