@@ -148,9 +148,12 @@ def _with_policy(
                 dy = kept[index - 1].tied_to(dy)
             if len(gradients) > policy.copy_span:
                 dy = gradients[-1 - policy.copy_span].tied_to(dy)
-        if gradients[-1].values:
-            for gradient in gradients[:-1]:
-                gradients[-1].values[0] = gradient.start_back(gradients[-1].values[0])
+        *others, first = gradients
+        for gradient in others:
+            if first.values:
+                first.values[0] = gradient.start_back(first.values[0])
+            else:
+                dy = gradient.start_back(dy)
         found = zip(traces, leaves, reversed(gradients), strict=True)
         return [trace.as_leaves(own, gradient.values) for trace, own, gradient in found], dy
 
@@ -193,7 +196,10 @@ class _Kept:
 
 
 def _gradient_kept(gradient: Sequence[Array], *, away: bool) -> _Kept:
-    """As one array in host memory: with many small copies in a layer, XLA keeps large ones on the GPU."""
+    """Where `away`, in host memory, as one array: with many small copies, XLA keeps large ones on the GPU.
+
+    Gradients of several dtypes, or none, stay where they are.
+    """
     if not away or len({each.dtype for each in gradient}) != 1:
         return _Kept(list(gradient), [False] * len(gradient))
     joined = jnp.concatenate([each.ravel() for each in gradient])

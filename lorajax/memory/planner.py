@@ -179,11 +179,11 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout, policy: Policy) ->
     travelling: list[int] = []
     behind_forward = behind_backward = copies = 0.0
     for index, layer in enumerate(policy.layers):
-        away = layer.offloaded if index + 1 < len(policy.layers) else frozenset()
-        names = layer.saved | (layer.offloaded - away)
+        offloaded = layer.offloaded if index + 1 < len(policy.layers) else frozenset()
+        names = layer.saved | (layer.offloaded - offloaded)
         saved.append(sum(sizes[name] for name in names))
-        travelling.append(sum(sizes[name] for name in away))
-        kept = names | away
+        travelling.append(sum(sizes[name] for name in offloaded))
+        kept = names | offloaded
         missing = sum(again[group] for group, members in GROUPS.items() if not kept.issuperset(members))
         forward, backward = costs.layer_forward, costs.layer_backward + missing
         step += forward + backward
@@ -198,11 +198,12 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout, policy: Policy) ->
     step += max(0.0, behind_forward) + max(0.0, behind_backward) + COPY_COST * copies
     seconds = micro_batches * (step + costs.micro_batch) + costs.update
     # What gradients sum up to over micro-batches stays on the GPU.
-    waiting = sum(not layer.gradient_away for layer in policy.layers)
-    gradients = 4 * work.trainable * waiting / len(policy.layers)
+    away = sum(layer.gradient_away for layer in policy.layers) / len(policy.layers)
+    gradients = 4 * work.trainable * (1 - away)
     workspace = _workspace(work, policy) + gradients + (0 if micro_batches == 1 else 4 * work.trainable)
     device = Breakdown(*problem.fixed, _activations(saved, travelling, policy.copy_span), int(workspace))
-    return Estimate(layout, micro_batches, seconds, device, sum(travelling))
+    host = sum(travelling) + int(4 * work.trainable * away)
+    return Estimate(layout, micro_batches, seconds, device, host)
 
 
 def _activations(saved: Sequence[int], travelling: Sequence[int], copy_span: int) -> int:

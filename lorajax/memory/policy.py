@@ -136,7 +136,7 @@ class Policy:
 
     @property
     def offloads(self) -> bool:
-        return any(layer.offloaded for layer in self.layers)
+        return any(layer.offloaded or layer.gradient_away for layer in self.layers)
 
     def as_plain(self) -> dict[str, Any]:
         """As JSON takes it: runs of equal layers, each with their number."""

@@ -85,6 +85,29 @@ def test_every_policy_gives_the_gradients_of_a_plain_loop(name, arrays):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.parametrize("frozen", [0, 2, LAYERS - 1])
+def test_a_layer_without_trained_weights_hinders_no_gradient(frozen):
+    class Frozen(Gated):
+        def __init__(self, index):
+            super().__init__(index, scaled=False)
+            self.gate, self.down = nnx.Variable(self.gate[...]), nnx.Variable(self.down[...])
+
+    layers = blocks()
+    layers[frozen] = Frozen(frozen)
+    graph, trained, others = nnx.split(nnx.List(layers), nnx.Param, ...)
+    x = jax.random.normal(jax.random.key(7), (BATCH, LENGTH, WIDTH))
+    expected, found = (
+        jax.jit(program(graph, checkpointing))(trained, others, x)
+        for checkpointing in (None, {"gradient": "offload", "gate": "offload"})
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()))
+    lowered = jax.jit(program(graph, {"gradient": "offload"})).trace(trained, others, x)
+    copies = transfers(lowered.lower(lowering_platforms=("cuda",)).as_text())
+    away = LAYERS - 1 - (frozen > 0)
+    assert {where: number for (where, _), number in copies.items()} == {"pinned_host": away, "device": away}
+
+
 def test_the_loop_can_be_scanned_over(arrays):
     """As accumulation does it: what a layer closes over belongs to the loop's body."""
     graph, trained, frozen, x = arrays

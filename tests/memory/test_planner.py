@@ -52,6 +52,14 @@ def test_offloading_more_than_the_link_moves_costs_the_time_of_the_copies(proble
     assert found.host == pytest.approx(11.8 * GIB, rel=0.03)
 
 
+def test_gradients_on_the_host_are_counted_there(problem):
+    some = problem("8b", rows=4, length=4096)
+    here, there = (estimate(some, Layout(4, kept)) for kept in ({"block_input": "offload"}, AWAY))
+    gradients = 4 * some.workload(4).trainable
+    assert there.host - here.host == gradients
+    assert here.device.total - there.device.total == gradients
+
+
 def test_rows_are_cut_into_equal_micro_batches():
     assert micro_batch_counts(12) == [1, 2, 3, 4, 6, 12]
 

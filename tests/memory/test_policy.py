@@ -11,7 +11,8 @@ def test_presets_say_what_every_layer_keeps():
     assert Policy.of("none", 2) == Policy((EVERYTHING, EVERYTHING))
     assert Policy.of("full", 2) == Policy((LayerPolicy(saved=frozenset({"block_input"})),) * 2)
     assert Policy.of("offload", 1) == Policy((LayerPolicy(offloaded=frozenset({"block_input"})),))
-    assert Policy.of("none", 2).keeps_everything and Policy.of("offload", 1).offloads
+    assert Policy.of("none", 2).keeps_everything and not Policy.of("none", 2).offloads
+    assert Policy.of("offload", 1).offloads and Policy.of({"gradient": "offload"}, 1).offloads
 
 
 def test_names_left_out_are_recomputed_and_the_input_is_saved():
