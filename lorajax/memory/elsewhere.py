@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from lorajax.config import Config, load_config, save_config
 from lorajax.errors import UserError
+from lorajax.memory.analysis import Memory
 from lorajax.memory.policy import Layout, Policy
 from lorajax.memory.targets import Target, find_target
 
@@ -56,24 +57,14 @@ class Variant(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """Memory of one GPU that a program takes, in bytes, by XLA's analysis; see lorajax.memory.analysis.
+class Compiled(Memory):
+    """What a program takes of one GPU.
 
     Attributes:
-        arguments: weights, optimizer state and batch.
-        temporaries: activations, scratch and the program's code.
-        host: pinned memory of the host.
         seconds: that compiling took, on this machine.
     """
 
-    arguments: int
-    temporaries: int
-    host: int
     seconds: float
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.temporaries
 
 
 @dataclass(frozen=True)

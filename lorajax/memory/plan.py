@@ -202,9 +202,7 @@ class Plan:
 
     def table(self) -> str:
         """The lines, one below the other."""
-        lines = self.lines()
-        width = max(map(len, lines))
-        return "\n".join(f"{name:>{width}}  {text}" for name, text in lines.items())
+        return table(self.lines())
 
     def frontier(self, count: int = 12) -> str:
         """The options as a table: memory against speed, from the largest to the smallest."""
@@ -391,6 +389,12 @@ def thinned(options: Sequence[Estimate], count: int) -> list[Estimate]:
     wanted = [high - (high - low) * part / (count - 1) for part in range(count)]
     picked = [min(ordered, key=lambda option: abs(option.device.total - each)) for each in wanted]
     return list(dict.fromkeys(picked))
+
+
+def table(lines: Mapping[str, str]) -> str:
+    """Names and what they stand for, one below the other."""
+    width = max(map(len, lines))
+    return "\n".join(f"{name:>{width}}  {text}" for name, text in lines.items())
 
 
 def gib(size: int) -> str:

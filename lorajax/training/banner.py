@@ -11,7 +11,7 @@ import yaml
 from lorajax.config import Config, as_plain
 from lorajax.data import DataStats, decode_row
 from lorajax.memory.analysis import Memory
-from lorajax.memory.plan import Plan
+from lorajax.memory.plan import Plan, table
 from lorajax.training.inputs import Inputs, first_row
 
 _GIB = 2**30
@@ -71,11 +71,6 @@ def dry_run_text(inputs: Inputs) -> str:
     config = yaml.safe_dump(as_plain(inputs.config), sort_keys=False, allow_unicode=True)
     statistics = table(data_lines(inputs) | {"steps": f"{inputs.total_steps:,}"})
     return f"{config}\n{statistics}\n\nThe first row; what is learnt is {how}:\n{row}"
-
-
-def table(lines: dict[str, str]) -> str:
-    width = max(map(len, lines))
-    return "\n".join(f"{name:>{width}}  {text}" for name, text in lines.items())
 
 
 def gib(bytes_: int) -> str:
