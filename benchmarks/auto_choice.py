@@ -11,9 +11,7 @@ time.
 
 The goal: a step of auto takes at most 3% longer than that of the best layout, at six points or more.
 
-The result is written after each case; --resume goes on from it, where it is of the same commit and GPU. On an
-H100 or H200 with 16 cores a model takes some 6 minutes: 90 s to compile 16 programs, and 18 s for each of
-them to run, of which 11 s are its start. Three models, one by one: 19 minutes.
+The result is written after each case; --resume goes on from it, where it is of the same commit and GPU.
 """
 
 from __future__ import annotations

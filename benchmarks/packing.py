@@ -11,10 +11,6 @@ Rates are sums over the rows of metrics.jsonl, without the first steps and the l
 empty. All programs are compiled first, --jobs at a time; then each case runs alone, in a process of its own.
 
 The goal: the best packed batch reaches 1.3 times the target tokens/s of the best padded one.
-
-With 2,000 samples and the shapes of 1b, on an H100 or H200 with 16 cores: some 20 s to prepare, 60 s to
-compile, 35 s for a padded case and 20 s for a packed one, of which 15 s are start, weights and checkpoint; in
-all five minutes.
 """
 
 from __future__ import annotations
@@ -33,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from environment import environment
 from processes import last_json
-from train_step import WARM_UP, cache_folder, hf_config, is_refused, use_cache
+from train_step import WARM_UP, cache_folder, hf_config, is_refused, prepare_machine, use_cache
 
 if TYPE_CHECKING:
     from lorajax.config import Config
@@ -106,15 +102,10 @@ def config_of(case: Case, work: Work, arguments: argparse.Namespace) -> Config:
 
 def prepare(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
     """Write samples and model, and fill the caches that the cases would otherwise fill all at once."""
-    import jax
-
     from lorajax.data import load_documents, load_tokenizer
-    from lorajax.memory.machine import claim_gpu_memory, machine_rates
     from lorajax.models.checkpoint import initialise, save_merged
 
-    claim_gpu_memory(None)
-    if jax.default_backend() == "gpu":
-        machine_rates()
+    prepare_machine()
     tokenizer = load_tokenizer(arguments.tokenizer)
     write_samples(arguments.data, arguments.documents, tokenizer, work)
     work.model.mkdir(exist_ok=True)

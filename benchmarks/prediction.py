@@ -31,12 +31,11 @@ import numpy as np
 from environment import environment
 from processes import last_json
 from train_step import Case as StepCase
-from train_step import hf_config, machine_at_hand, model_folder, random_batch
+from train_step import config_of, hf_config, machine_at_hand, model_folder, random_batch
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from lorajax.config import Config
     from lorajax.training.weights import Weights
 
 CASE = "MODEL,BATCH,LENGTH,CHECKPOINTING,RANK,SEGMENTS"
@@ -103,25 +102,6 @@ class Case(NamedTuple):
         return cls(StepCase.of(f"{step},auto"), int(rank), int(segments))
 
 
-def config_of(case: Case, folder: str) -> Config:
-    """Of a run of the model in a folder."""
-    from lorajax.config import load_config
-
-    step = case.step
-    settings = {
-        "model.path": folder,
-        "lora.rank": case.rank,
-        "data.path": "random.jsonl",
-        "data.max_length": step.length,
-        "data.max_segments": case.segments,
-        "train.per_device_train_batch_size": step.rows,
-        "train.gradient_accumulation_steps": step.micro_batches,
-        "memory.checkpointing": step.checkpointing,
-        "output.output_dir": "unused",
-    } | ({"memory.budget": step.budget} if step.budget else {})
-    return load_config(None, [f"--{key}={value}" for key, value in settings.items()])
-
-
 # --- in a process of its own ---
 
 
@@ -140,7 +120,7 @@ def measure(case: Case) -> dict[str, Any]:
     from lorajax.training.weights import split_weights
 
     with model_folder(case.step.model) as folder:
-        config = config_of(case, folder)
+        config = config_of(case.step, case.segments, folder, lora__rank=case.rank)
         claim_gpu_memory(config.memory.budget)
         model = outline_of(config)
     run, plan = RunShape(config=config, mesh=data_mesh(), total_steps=1000), None
@@ -191,7 +171,7 @@ def predict_elsewhere(case: Case, target: str, measured: Future[dict[str, Any]])
     with model_folder(case.step.model) as folder:
         try:
             with ONE_AT_A_TIME:
-                config = config_of(case, folder)
+                config = config_of(case.step, case.segments, folder, lora__rank=case.rank)
             layout = Layout(config.train.per_device_train_batch_size, config.memory.checkpointing)
             if config.memory.checkpointing == "auto":
                 row = measured.result()

@@ -11,8 +11,6 @@ each runs alone, in a process of its own. A policy is left out of larger batches
 The goals, which the result holds the figures against: the peak of auto stays within the budget at each
 batch; from the smallest batch to the largest that both can do, the peak of offload grows by less than a tenth
 of what that of none grows by; and offload reaches 95% of the tokens/s of full at each batch.
-
-On an H100 or H200 with 16 cores: some 15 s for each case, and 40 s for each 8 that are compiled.
 """
 
 from __future__ import annotations

@@ -203,6 +203,8 @@ def prepare(text: str, segments: int, *, runs: bool = True) -> Prepared:
     Args:
         runs: False: shapes stand in for the weights, and the same program is compiled.
     """
+    import jax
+
     from lorajax.lora.adapter import add_lora
     from lorajax.memory.plan import outline_of
     from lorajax.sharding import data_mesh, replicated, shapes
@@ -212,8 +214,9 @@ def prepare(text: str, segments: int, *, runs: bool = True) -> Prepared:
     from lorajax.training.weights import split_weights
 
     case = Case.of(text)
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with model_folder(case.model) as folder:
-        config = config_of(case, segments, folder)
+        config = config_of(case, segments, folder, model__dtype=dtype)
         outline = outline_of(config)
     run = RunShape(config=config, mesh=data_mesh(), total_steps=1000)
     plan, run = planned(run, outline)
@@ -250,14 +253,12 @@ def model_folder(name: str) -> Iterator[str]:
         yield folder
 
 
-def config_of(case: Case, segments: int, folder: str) -> Config:
-    import jax
-
+def config_of(case: Case, segments: int, folder: str, **settings: Any) -> Config:
+    """Of a run of the model in a folder; settings by section__key, such as lora__rank."""
     from lorajax.config import load_config
 
-    settings = {
+    given = {
         "model.path": folder,
-        "model.dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
         "model.attention": case.attention,
         "data.path": "random.jsonl",
         "data.max_length": case.length,
@@ -267,7 +268,8 @@ def config_of(case: Case, segments: int, folder: str) -> Config:
         "memory.checkpointing": case.checkpointing,
         "output.output_dir": "unused",
     } | ({"memory.budget": case.budget} if case.budget else {})
-    return load_config(None, [f"--{key}={value}" for key, value in settings.items()])
+    given |= {name.replace("__", "."): value for name, value in settings.items()}
+    return load_config(None, [f"--{key}={value}" for key, value in given.items()])
 
 
 @functools.cache
