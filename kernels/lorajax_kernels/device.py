@@ -34,6 +34,7 @@ class Device:
         cudnn_version: of the cuDNN that JAX has loaded, major * 10000 + minor * 100 + patch; None without.
         no_triton: why Triton kernels cannot run there; None if they can.
         no_mosaic: why Pallas kernels of the Mosaic GPU backend cannot run there; None if they can.
+        multiprocessors: of a GPU; None if that is not known.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Device:
     cudnn_version: int | None = None
     no_triton: str | None = None
     no_mosaic: str | None = None
+    multiprocessors: int | None = None
 
     @property
     def why_no_triton(self) -> str | None:
@@ -101,6 +103,7 @@ def _device_at_hand() -> Device:
         _cudnn_version(),
         no_triton=_why_no_triton(compute_capability),
         no_mosaic=why_no_mosaic(compute_capability),
+        multiprocessors=getattr(device, "core_count", None),
     )
 
 

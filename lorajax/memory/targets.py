@@ -65,7 +65,13 @@ class Target:
     def device(self) -> Device:
         """For lorajax_kernels, with the libraries that the cuda13 extra installs."""
         no_mosaic = why_no_mosaic(self.compute_capability)
-        return Device(self.kind, self.compute_capability, _CUDNN, no_mosaic=no_mosaic)
+        return Device(
+            self.kind,
+            self.compute_capability,
+            _CUDNN,
+            no_mosaic=no_mosaic,
+            multiprocessors=self.cores[0],
+        )
 
     @property
     def config(self) -> str:

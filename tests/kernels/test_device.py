@@ -20,10 +20,11 @@ IMPLEMENTATIONS = (
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """gpu(compute capability, packages, cuDNN's version): the machine has one of these."""
+    """gpu(compute capability, packages, cuDNN's version, attributes): the machine has one of these."""
 
-    def pretend(capability, packages=("triton", "jax_triton"), cudnn=91900):
-        fake = types.SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability=capability)
+    def pretend(capability, packages=("triton", "jax_triton"), cudnn=91900, **attributes):
+        attributes |= {"platform": "gpu", "device_kind": "a GPU", "compute_capability": capability}
+        fake = types.SimpleNamespace(**attributes)
         versions = types.SimpleNamespace(cudnn_get_version=lambda: cudnn)
         monkeypatch.setattr(jax, "local_devices", lambda: [fake])
         monkeypatch.setattr(jax._src.lib, "cuda_versions", versions)
@@ -59,6 +60,11 @@ def test_generations(gpu, capability, half, no_triton, no_mosaic):
     assert (found.kind, found.cudnn_version, found.half_dtype) == ("a GPU", 91900, half)
     for reason, expected in ((found.no_triton, no_triton), (found.no_mosaic, no_mosaic)):
         assert reason is None if expected is None else expected in reason
+
+
+def test_multiprocessors_are_counted_where_jax_says_how_many(gpu):
+    assert gpu("8.0", core_count=108).multiprocessors == 108
+    assert gpu("8.0").multiprocessors is None
 
 
 def test_what_is_missing_is_named(gpu):

@@ -14,7 +14,13 @@ from jax.extend.core import Primitive
 from lorajax_kernels import attention
 from lorajax_kernels.attention import triton as host
 from lorajax_kernels.attention.problem import Problem
-from lorajax_kernels.attention.triton import Blocks, KernelBlocks, kernel_blocks, triton_attention
+from lorajax_kernels.attention.triton import (
+    Blocks,
+    KernelBlocks,
+    kernel_blocks,
+    query_parts,
+    triton_attention,
+)
 from lorajax_kernels.device import Device
 
 # One token; segments within a block, over the edges of blocks and over several blocks; padding.
@@ -58,7 +64,7 @@ def forward_and_gradients(function, q, k, v, cotangent, segment_ids):
 
 
 def fused(blocks, **options):
-    settings = {"scale": 0.25, "window": None, "softcap": None, "max_segments": None}
+    settings = {"scale": 0.25, "window": None, "softcap": None, "max_segments": None, "parts": 1}
     return functools.partial(triton_attention, blocks=blocks, **(settings | options))
 
 
@@ -92,6 +98,13 @@ def test_equals_reference(interpreter, heads, kv_heads, head_dim, blocks, option
     assert_close(found, forward_and_gradients(dense(**options), *arrays, SEGMENT_IDS), 1e-5)
 
 
+@pytest.mark.parametrize(("parts", "blocks"), ((2, WIDE), (2, TALL), (4, EVEN)))
+def test_query_heads_shared_out_over_programs(interpreter, parts, blocks):
+    arrays = qkv(8, 2, head_dim=24)
+    found = forward_and_gradients(fused(blocks, parts=parts, window=20), *arrays, SEGMENT_IDS)
+    assert_close(found, forward_and_gradients(dense(window=20), *arrays, SEGMENT_IDS), 1e-5)
+
+
 @pytest.mark.parametrize("segment_ids", (np.ones(72, np.int32), np.arange(72)), ids=("one", "one-token"))
 @pytest.mark.parametrize("blocks", (WIDE, TALL), ids=("wide", "tall"))
 def test_one_segment_and_segments_of_one_token(interpreter, blocks, segment_ids):
@@ -105,10 +118,11 @@ def test_one_segment_and_segments_of_one_token(interpreter, blocks, segment_ids)
         assert_close(found, forward_and_gradients(dense(), *arrays, segment_ids[None]), 1e-5)
 
 
-def test_half_precision_is_close_to_float32_reference(interpreter):
+@pytest.mark.parametrize("parts", (1, 2))
+def test_half_precision_is_close_to_float32_reference(interpreter, parts):
     arrays = [x[:1] for x in qkv(2, 1, dtype=jnp.float16)]
     segment_ids = SEGMENT_IDS[:1]
-    found = forward_and_gradients(fused(WIDE, softcap=20.0), *arrays, segment_ids)
+    found = forward_and_gradients(fused(WIDE, parts=parts, softcap=20.0), *arrays, segment_ids)
     assert {x.dtype for x in found} == {jnp.dtype(jnp.float16)}
     wide = [x.astype(jnp.float32) for x in arrays]
     assert_close(found, forward_and_gradients(dense(softcap=20.0), *wide, segment_ids), 1e-2)
@@ -221,6 +235,45 @@ def test_arrays_reach_the_kernels_as_they_are(launched):
     assert {e.primitive.name for e in touching} == {"launch", "name"}
 
 
+@pytest.mark.parametrize(("multiprocessors", "parts"), ((2, 1), (3, 2), (4, 2), (5, 4), (None, 4)))
+def test_the_devices_multiprocessors_decide_the_parts(launched, monkeypatch, multiprocessors, parts):
+    device = Device("a GPU", (9, 0), multiprocessors=multiprocessors)
+    monkeypatch.setattr(host, "current_device", lambda: device)
+    *arrays, cotangent = qkv(8, 2, dtype=jnp.bfloat16, batch=1, length=48)  # 3 blocks of keys of 2 heads
+
+    def function(*arrays):
+        attend = fused(EVEN, parts=None)
+        return jax.vjp(lambda *x: attend(*x, SEGMENT_IDS[:1, :48]), *arrays)[1](cotangent)
+
+    jaxpr = launched(function, *arrays)
+    assert [x.aval.str_short() for x in jaxpr.outvars] == [
+        "bfloat16[1,48,8,16]",
+        *["bfloat16[1,48,2,16]"] * 2,
+    ]
+    (dkv,) = (e for e in jaxpr.eqns if e.params.get("kernel") == "dkv_kernel")
+    dtype = jnp.bfloat16 if parts == 1 else jnp.float32
+    assert [(x.aval.shape, x.aval.dtype) for x in dkv.outvars] == [((1, 48, 2 * parts, 16), dtype)] * 2
+
+
+@pytest.mark.parametrize("multiprocessors", (1, 40, 108, 132, 170))
+def test_parts_double_until_there_are_programs_enough(multiprocessors):
+    enough = 3 * multiprocessors
+    for group in range(1, 65):
+        assert query_parts(enough, group, multiprocessors) == 1
+        for programs in range(1, enough, 7):
+            parts = query_parts(programs, group, multiprocessors)
+            assert group % parts == 0 and parts & (parts - 1) == 0
+            assert parts == 1 or programs * parts < 2 * enough
+            assert programs * parts >= enough or group % (2 * parts)
+    assert query_parts(256, 4, 132) == 2  # a row of 2048 tokens, 8 key heads and blocks of 64 keys on an H100
+
+
+def test_parts_must_divide_the_query_heads():
+    arrays = qkv(6, 2, batch=1, length=16)
+    with pytest.raises(ValueError, match="3 query heads of a key head do not make 2 parts"):
+        fused(EVEN, parts=2)(*arrays[:3], SEGMENT_IDS[:1, :16])
+
+
 # Of a program, in KB.
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 
@@ -241,25 +294,39 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
     ),
 )
 def test_the_table_compiles_to_matrix_instructions_within_memory(compile_kernel, capability, head_dim, dtype):
+    for name in ("forward", "dq", "dkv"):
+        check_compiled(compile_kernel, name, capability, head_dim, dtype)
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+def test_shared_out_query_heads_compile_likewise(compile_kernel, capability):
+    check_compiled(compile_kernel, "dkv", capability, 128, "bf16", parts=2)
+
+
+def check_compiled(compile_kernel, name, capability, head_dim, dtype, parts=1):
     from lorajax_kernels.attention import triton_kernels
 
-    table = kernel_blocks(divmod(capability, 10), head_dim)
+    plan = host._Plan(0.1, None, kernel_blocks(divmod(capability, 10), head_dim), parts)
     q, k = (jax.ShapeDtypeStruct((1, 256, heads, head_dim), jnp.bfloat16) for heads in (8, 2))
-    for name in ("forward", "dq", "dkv"):
-        kernel = getattr(triton_kernels, f"{name}_kernel")
-        settings = host._settings(host._Plan(0.1, None, table), getattr(table, name), q, k)
-        compilation = settings.pop("num_warps"), settings.pop("num_stages")
-        if name != "forward":
-            settings["SCALE"] = 0.1
-        compiled = compile_kernel(kernel, capability, types_of(kernel, dtype), settings, *compilation)
-        assert compiled.metadata.shared <= SHARED[capability] * 1024
-        ptx = compiled.asm["ptx"]
-        assert "cp.async.cg" in ptx  # loads run ahead
-        half = {"bf16": "bf16", "fp16": "f16"}[dtype]
-        products = {90: rf"wgmma\.\S*\.f32\.{half}\.{half}", 100: r"tcgen05\.mma"}
-        product = products.get(capability, rf"mma\.sync\S*\.f32\.{half}\.{half}")
-        assert re.search(product, ptx)
-        assert spilled(compiled.asm["cubin"]) <= 128, name
+    kernel = getattr(triton_kernels, f"{name}_kernel")
+    settings = host._settings(plan, getattr(plan.blocks, name), q, k)
+    compilation = settings.pop("num_warps"), settings.pop("num_stages")
+    types = types_of(kernel, dtype)
+    if name != "forward":
+        settings["SCALE"] = 0.1
+    if name == "dkv":
+        settings["PARTS"] = parts
+        if parts > 1:
+            types |= {"dk_ptr": "*fp32", "dv_ptr": "*fp32"}
+    compiled = compile_kernel(kernel, capability, types, settings, *compilation)
+    assert compiled.metadata.shared <= SHARED[capability] * 1024
+    ptx = compiled.asm["ptx"]
+    assert "cp.async.cg" in ptx  # loads run ahead
+    half = {"bf16": "bf16", "fp16": "f16"}[dtype]
+    products = {90: rf"wgmma\.\S*\.f32\.{half}\.{half}", 100: r"tcgen05\.mma"}
+    product = products.get(capability, rf"mma\.sync\S*\.f32\.{half}\.{half}")
+    assert re.search(product, ptx)
+    assert spilled(compiled.asm["cubin"]) <= 128, name
 
 
 def types_of(kernel, dtype):

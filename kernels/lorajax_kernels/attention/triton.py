@@ -6,8 +6,9 @@ and v where they are, [B, T, heads, H], and find the key head of a query head th
 
 The backward pass is two kernels. One owns the rows of dq. It also makes delta, the sum of dout * out of each
 row, from a block of dout that it needs anyway; a pass of XLA would read dout once more. The other owns the
-rows of dk and dv, and sums them over the query heads of a key head. Scores are made in both, but nothing is
-added up in memory, so equal inputs give equal bits.
+rows of dk and dv, and sums them over the query heads of a key head; where that makes too few programs for the
+GPU, several share those heads out, and XLA adds up what they write. Scores are made in both, but no two
+programs add to the same memory, so equal inputs give equal bits.
 """
 
 import functools
@@ -26,6 +27,8 @@ from lorajax_kernels.device import Device, current_device
 from lorajax_kernels.triton_call import block_for, load_kernels, triton_call
 
 MAX_HEAD_DIM = 256
+# Of an H100 or H200; for a device that does not say how many it has.
+_MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,25 @@ def kernel_blocks(compute_capability: tuple[int, int], head_dim: int) -> KernelB
     return _BLOCKS[family, largest]
 
 
+def query_parts(programs: int, group: int, multiprocessors: int) -> int:
+    """Over how many programs the query heads of a key head are shared out to make dk and dv.
+
+    Early keys are seen by the most queries, the first block by twice the mean. Where all programs run at once
+    it decides the time; where each multiprocessor has several to run one after the other, short ones fill in.
+    Parts double while they divide the heads evenly and there are fewer than three programs for each
+    multiprocessor. So there are never six, and the partial results in float32 stay within some 130 MB.
+
+    Args:
+        programs: that there are if heads are not shared out.
+        group: query heads of a key head.
+        multiprocessors: of the GPU.
+    """
+    parts = 1
+    while group % (2 * parts) == 0 and programs * parts < 3 * multiprocessors:
+        parts *= 2
+    return parts
+
+
 def why_not(problem: Problem, device: Device) -> str | None:
     """None if the kernels serve the problem on the device, otherwise the reason why not."""
     if device.why_no_triton is not None:
@@ -142,19 +164,25 @@ def triton_attention(
     softcap: float | None,
     max_segments: int | None,
     blocks: KernelBlocks | None = None,
+    parts: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """See lorajax_kernels.attention. T that is no multiple of the largest block (128 at most) is padded.
 
     Args:
         blocks: of the kernels; None: those of the table for the current device.
+        parts: over which the query heads of a key head are shared out to make dk and dv, a divisor of N / K;
+            None: as many as query_parts says for the current device.
+
+    Raises:
+        ValueError: there is no GPU to choose the blocks for, or parts do not divide the query heads.
     """
     del max_segments
-    length = q.shape[1]
+    length, group = q.shape[1], q.shape[2] // k.shape[2]
+    device = current_device()
     if blocks is None:
-        capability = current_device().compute_capability
-        if capability is None:
+        if device.compute_capability is None:
             raise ValueError("triton_attention: there is no NVIDIA GPU to choose the blocks for")
-        blocks = kernel_blocks(capability, q.shape[3])
+        blocks = kernel_blocks(device.compute_capability, q.shape[3])
     if scale <= 0:  # the kernels take the largest product of a row for its largest score
         q, scale = q * scale, 1.0
     pad = -length % _largest(blocks)
@@ -167,7 +195,13 @@ def triton_attention(
         index = jnp.arange(length + pad, dtype=jnp.int32)
         window = min(window, length)  # so that nothing overflows
         first, end = jnp.maximum(first, index - (window - 1)), jnp.minimum(end, index + window)
-    return _attend(_Plan(scale, softcap, blocks), q, k, v, first, end)[:, :length]
+    if parts is None:
+        batch, padded, kv_heads, _ = k.shape
+        programs = kv_heads * (padded // blocks.dkv.keys) * batch
+        parts = query_parts(programs, group, device.multiprocessors or _MULTIPROCESSORS)
+    elif group % parts:
+        raise ValueError(f"triton_attention: {group} query heads of a key head do not make {parts} parts")
+    return _attend(_Plan(scale, softcap, blocks, parts), q, k, v, first, end)[:, :length]
 
 
 def _largest(blocks: KernelBlocks) -> int:
@@ -181,6 +215,7 @@ class _Plan:
     scale: float
     softcap: float | None
     blocks: KernelBlocks
+    parts: int
 
 
 Queries = Float[Array, "B T N H"]
@@ -259,16 +294,23 @@ def _dkv(
     dout: Queries,
 ) -> tuple[Keys, Keys]:
     triton_kernels = load_kernels("lorajax_kernels.attention.triton_kernels")
-    batch, length, kv_heads, _ = k.shape
-    blocks = plan.blocks.dkv
-    return triton_call(
+    batch, length, kv_heads, head_dim = k.shape
+    blocks, parts = plan.blocks.dkv, plan.parts
+    # What is summed again stays in float32.
+    partial = jax.ShapeDtypeStruct((batch, length, kv_heads * parts, head_dim), jnp.float32)
+    dk, dv = triton_call(
         triton_kernels.dkv_kernel,
         *(q, k, v, end, lse, delta, dout, length),
-        out_shape=(_like(k), _like(v)),
-        grid=(kv_heads, length // blocks.keys, batch),
+        out_shape=(_like(k), _like(v)) if parts == 1 else (partial, partial),
+        grid=(kv_heads * parts, length // blocks.keys, batch),
+        PARTS=parts,
         SCALE=plan.scale,
         **_settings(plan, blocks, q, k),
     )
+    if parts == 1:
+        return dk, dv
+    dk, dv = (jnp.sum(x.reshape(batch, length, kv_heads, parts, head_dim), axis=3) for x in (dk, dv))
+    return dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _settings(plan: _Plan, blocks: Blocks, q: Queries, k: Keys) -> dict[str, Any]:

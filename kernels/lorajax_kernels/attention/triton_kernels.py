@@ -248,6 +248,7 @@ def dkv_kernel(
     length,
     dk_ptr,
     dv_ptr,
+    PARTS: tl.constexpr,
     SCALE: tl.constexpr,
     FACTOR: tl.constexpr,
     TANH_FACTOR: tl.constexpr,
@@ -259,8 +260,15 @@ def dkv_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """dk and dv of one block of keys of one key head, over all its query heads; grid (K, T / BLOCK_K, B)."""
-    kv_head = tl.program_id(0)
+    """dk and dv of one block of keys of one key head; grid (K * PARTS, T / BLOCK_K, B).
+
+    The query heads of a key head are shared out over PARTS programs. Each writes the sum over its own to a
+    head of [B, T, K * PARTS, H], where those of a key head follow one another.
+    """
+    OUT_HEADS: tl.constexpr = KV_HEADS * PARTS
+    GROUP: tl.constexpr = HEADS // OUT_HEADS
+    out_head = tl.program_id(0)
+    kv_head = out_head // PARTS
     # Early keys are seen by the most queries, so that the programs already come in the order of falling work.
     k_start = tl.program_id(1) * BLOCK_K
     row = tl.program_id(2).to(tl.int64) * length
@@ -268,7 +276,7 @@ def dkv_kernel(
     key = k_start + tl.arange(0, BLOCK_K)
     end = tl.load(end_ptr + row + key)
 
-    head = kv_head * (HEADS // KV_HEADS)
+    head = out_head * GROUP
     q_ptr = _head(q_ptr, row, head, HEADS, HEAD_DIM)
     dout_ptr = _head(dout_ptr, row, head, HEADS, HEAD_DIM)
     lse_ptr = _per_query(lse_ptr, row, head, length, HEADS)
@@ -281,26 +289,26 @@ def dkv_kernel(
     if SPLIT:
         dk, dv = _dkv_queries(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, length, key, end, lo, diagonal, hi, hi,
-            FACTOR, TANH_FACTOR, HEADS, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_Q, "all",
+            FACTOR, TANH_FACTOR, HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_Q, "all",
         )
         dk, dv = _dkv_queries(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, length, key, end, diagonal, mid, diagonal, mid,
-            FACTOR, TANH_FACTOR, HEADS, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_Q, "none",
+            FACTOR, TANH_FACTOR, HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_Q, "none",
         )
         dk, dv = _dkv_queries(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, length, key, end, mid, hi, hi, hi,
-            FACTOR, TANH_FACTOR, HEADS, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_Q, "all",
+            FACTOR, TANH_FACTOR, HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_Q, "all",
         )
     else:
         dk, dv = _dkv_queries(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, length, key, end, lo, hi, diagonal, mid,
-            FACTOR, TANH_FACTOR, HEADS, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_Q, "some",
+            FACTOR, TANH_FACTOR, HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_Q, "some",
         )
     # fmt: on
-    dk_ptr = _head(dk_ptr, row, kv_head, KV_HEADS, HEAD_DIM)
-    dv_ptr = _head(dv_ptr, row, kv_head, KV_HEADS, HEAD_DIM)
-    _store(dk_ptr, k_start, dk * SCALE, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K)
-    _store(dv_ptr, k_start, dv, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K)
+    dk_ptr = _head(dk_ptr, row, out_head, OUT_HEADS, HEAD_DIM)
+    dv_ptr = _head(dv_ptr, row, out_head, OUT_HEADS, HEAD_DIM)
+    _store(dk_ptr, k_start, dk * SCALE, OUT_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K)
+    _store(dv_ptr, k_start, dv, OUT_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K)
 
 
 @triton.jit
@@ -323,18 +331,17 @@ def _dkv_queries(
     FACTOR: tl.constexpr,
     TANH_FACTOR: tl.constexpr,
     HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dk / scale and dv, summed over the blocks of queries from start to stop of every query head.
+    """dk / scale and dv, summed over the blocks of queries from start to stop of GROUP query heads.
 
     Scores are transposed, [BLOCK_K, BLOCK_Q]: probabilities and their gradients are then left operands of the
     products that follow, which may stay in registers.
     """
-    GROUP: tl.constexpr = HEADS // KV_HEADS
     # One loop over blocks and heads, because every loop waits for its first loads.
     for step in tl.range(0, (stop - start) // BLOCK_Q * GROUP):
         q_start = start + step // GROUP * BLOCK_Q
