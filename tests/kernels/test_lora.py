@@ -449,9 +449,12 @@ def test_arrangements_are_those_that_are_tested():
 def test_triton_gradients_equal_xla(run_on_cpu, rows, out, rank, programs):
     run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
     tiling = Tiling(rows=16, columns=32, programs=programs, num_warps=4, num_stages=2)
-    dy, u, b = normal(rows, out), normal(rows, rank, seed=1), normal(out, rank, seed=2)
-    found = triton_hidden_and_b(dy, u, b, tiling=tiling)
-    for a, expected in zip(found, xla_hidden_and_b(dy, u, b), strict=True):
+    dy, u, b = normal(rows, out), normal(rows, rank + 5, seed=1), normal(out, rank, seed=2)
+    own = {"columns": slice(3, 3 + rank), "scale": 0.5}
+    found = triton_hidden_and_b(dy, u, b, tiling=tiling, **own)
+    expected_hidden = jnp.einsum("ro,ok->rk", dy, 0.5 * b, precision="highest")
+    np.testing.assert_allclose(found[0], expected_hidden, rtol=1e-5, atol=1e-5)
+    for a, expected in zip(found, xla_hidden_and_b(dy, u, b, **own), strict=True):
         assert a.shape == expected.shape and a.dtype == expected.dtype
         np.testing.assert_allclose(a, expected, rtol=1e-5, atol=1e-5)
 
@@ -490,7 +493,7 @@ def test_layers_through_triton_equal_the_reference(run_on_cpu, monkeypatch, arra
 def test_triton_compiles_without_a_gpu(compile_kernel, rank, capability):
     from lorajax_kernels.lora.triton_kernels import hidden_and_b_kernel
 
-    pointers = {"dy_ptr": "*bf16", "u_ptr": "*bf16", "b_ptr": "*bf16"}
+    pointers = {"dy_ptr": "*bf16", "u_ptr": "*bf16", "b_ptr": "*fp32"}
     block_r = max(rank, 16)
     compiled = compile_kernel(
         hidden_and_b_kernel,
@@ -499,6 +502,9 @@ def test_triton_compiles_without_a_gpu(compile_kernel, rank, capability):
         {
             "OUT": 8192,
             "RANK": rank,
+            "U_WIDTH": 3 * rank,
+            "U_START": rank,
+            "SCALE": 0.5,
             "BLOCKS_PER_PROGRAM": 32,
             "BLOCK_ROWS": TILING.rows,
             "BLOCK_OUT": TILING.columns * 32 // max(rank, 32),

@@ -37,7 +37,7 @@ from lorajax_kernels.lora.triton import (
     triton_hidden_and_joined,
     triton_swiglu_backward,
 )
-from lorajax_kernels.lora.xla import xla_hidden_and_b
+from lorajax_kernels.lora.xla import scaled, xla_hidden_and_b
 from lorajax_kernels.nf4 import NF4Weight
 from lorajax_kernels.precision import einsum, product
 
@@ -57,12 +57,12 @@ class Kernels(NamedTuple):
     """An implementation.
 
     Attributes:
-        hidden_and_b: (dy, u, scaled B) -> (dy B, dy^T u), see xla_hidden_and_b.
+        hidden_and_b: (dy, u, B) -> (dy B, dy^T u), see xla_hidden_and_b.
         hidden_and_joined: (x, A) -> (x A^T, [x, x A^T]), see triton_hidden_and_joined; None: one by one.
         swiglu_backward: (dh, gate, up) -> (dgate, dup, h), see triton_swiglu_backward; None: one by one.
     """
 
-    hidden_and_b: Callable[[Array, Array, Array], tuple[Array, Array]]
+    hidden_and_b: Callable[..., tuple[Array, Array]]
     hidden_and_joined: Callable[[Array, Array], tuple[Array, Array]] | None = None
     swiglu_backward: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None
 
@@ -178,13 +178,13 @@ def _hidden_and_outputs(
         if adapter is None:
             ys.append(product("ri,oi->ro", x, w))
             continue
-        others = (columns.start, u.shape[1] - columns.stop)
-        s = jnp.pad(_scaled_b(adapter, x.dtype), ((0, 0), others))  # [out, R]
+        b = scaled(adapter.b, adapter.scale, x.dtype)
         if joined is not None:
+            s = jnp.pad(b, ((0, 0), (columns.start, u.shape[1] - columns.stop)))  # [out, R]
             ys.append(product("rk,ok->ro", joined, jnp.concatenate([w, s], axis=1)))
         else:
             # In this order cuBLAS may add the first to the second, see sum_of_products.
-            ys.append(product("rk,ok->ro", x, w) + product("rk,ok->ro", u, s))
+            ys.append(product("rk,ok->ro", x, w) + product("rk,ok->ro", u[:, columns], b))
     return u, ys
 
 
@@ -196,7 +196,7 @@ def _gradients_of_b(
     for dy, adapter, columns in zip(dys, adapters, _columns(adapters), strict=True):
         if adapter is not None:
             kernels = XLA if dy.shape[1] < MIN_OUT else options.kernels
-            du, db = kernels.hidden_and_b(dy, u[:, columns], _scaled_b(adapter, dy.dtype))
+            du, db = kernels.hidden_and_b(dy, u, adapter.b, columns=columns, scale=adapter.scale)
             dus.append(du)
             dbs.append(adapter.scale * db)
     return dus, dbs
@@ -284,10 +284,6 @@ def _stacked_a(x: Rows, present: Sequence[Adapter]) -> Float[Array, "R in"]:
     """A of all these in x's dtype."""
     none = jnp.zeros((0, x.shape[1]), x.dtype)
     return jnp.concatenate([none, *(adapter.a.astype(x.dtype) for adapter in present)])
-
-
-def _scaled_b(adapter: Adapter, dtype: jnp.dtype) -> Float[Array, "out R"]:
-    return (adapter.scale * adapter.b.astype(jnp.float32)).astype(dtype)
 
 
 def _filled_up(x: Array, *, axis: int) -> Array:

@@ -80,9 +80,11 @@ def why_not(problem: Problem, device: Device) -> str | None:
 
 def triton_hidden_and_b(
     dy: Float[Array, "rows out"],
-    u: Float[Array, "rows R"],
+    u: Float[Array, "rows all"],
     b: Float[Array, "out R"],
     *,
+    columns: slice,
+    scale: float,
     tiling: Tiling | None = None,
 ) -> tuple[Float[Array, "rows R"], Float[Array, "out R"]]:
     """See xla_hidden_and_b."""
@@ -91,8 +93,8 @@ def triton_hidden_and_b(
     (rows, out), rank = dy.shape, b.shape[1]
     block_r = block_for(rank)
     # A program's share of dB, columns * block_r, is in registers.
-    columns = min(tiling.columns * 32 // max(block_r, 32), block_for(out))
-    blocks, strips = -(-rows // tiling.rows), -(-out // columns)
+    strip = min(tiling.columns * 32 // max(block_r, 32), block_for(out))
+    blocks, strips = -(-rows // tiling.rows), -(-out // strip)
     per_program = -(-blocks // max(1, tiling.programs // strips))
     pieces = -(-blocks // per_program)
     hidden, db = triton_call(
@@ -107,9 +109,12 @@ def triton_hidden_and_b(
         num_stages=tiling.num_stages,
         OUT=out,
         RANK=rank,
+        U_WIDTH=u.shape[1],
+        U_START=columns.start,
+        SCALE=scale,
         BLOCKS_PER_PROGRAM=per_program,
         BLOCK_ROWS=tiling.rows,
-        BLOCK_OUT=columns,
+        BLOCK_OUT=strip,
         BLOCK_R=block_r,
     )
     return jnp.sum(hidden, axis=0, dtype=jnp.float32).astype(dy.dtype), jnp.sum(db, axis=0)

@@ -14,6 +14,9 @@ def hidden_and_b_kernel(
     db_ptr,
     OUT: tl.constexpr,
     RANK: tl.constexpr,
+    U_WIDTH: tl.constexpr,
+    U_START: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCKS_PER_PROGRAM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -21,7 +24,8 @@ def hidden_and_b_kernel(
 ):
     """One strip of BLOCK_OUT columns of dy and BLOCKS_PER_PROGRAM blocks of its rows; grid (strips, pieces).
 
-    dy [rows, OUT], u [rows, RANK], b [OUT, RANK]; hidden [strips, rows, RANK], db [pieces, OUT, RANK].
+    dy [rows, OUT], u [rows, U_WIDTH], of which RANK columns from U_START on, b [OUT, RANK]; hidden
+    [strips, rows, RANK], db [pieces, OUT, RANK].
     """
     strip = tl.program_id(0)
     piece = tl.program_id(1)
@@ -29,6 +33,8 @@ def hidden_and_b_kernel(
     rank = tl.arange(0, BLOCK_R)
     weight = (column[:, None] < OUT) & (rank[None, :] < RANK)
     b = tl.load(b_ptr + column[:, None] * RANK + rank[None, :], mask=weight, other=0)
+    b = (b.to(tl.float32) * SCALE).to(dy_ptr.dtype.element_ty)
+    u_ptr += U_START
     db = tl.full([BLOCK_OUT, BLOCK_R], 0.0, tl.float32)
     hidden_ptr += strip.to(tl.int64) * rows * RANK
     first = piece * (BLOCKS_PER_PROGRAM * BLOCK_ROWS)
@@ -38,7 +44,7 @@ def hidden_and_b_kernel(
         small = is_row & (rank[None, :] < RANK)
         place = row[:, None].to(tl.int64) * OUT + column[None, :]
         dy = tl.load(dy_ptr + place, mask=is_row & (column[None, :] < OUT), other=0)
-        u = tl.load(u_ptr + row[:, None] * RANK + rank[None, :], mask=small, other=0)
+        u = tl.load(u_ptr + row[:, None] * U_WIDTH + rank[None, :], mask=small, other=0)
         hidden = tl.dot(dy, b, input_precision="ieee")
         hidden = hidden.to(hidden_ptr.dtype.element_ty)
         tl.store(hidden_ptr + row[:, None] * RANK + rank[None, :], hidden, mask=small)

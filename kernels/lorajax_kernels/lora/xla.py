@@ -1,12 +1,24 @@
 """What flows back into an adapter, as two products: dy is read for each of them."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lorajax_kernels.precision import einsum, product
 
 
+def scaled(b: Float[Array, "out R"], scale: float, dtype: jnp.dtype) -> Float[Array, "out R"]:
+    """scale b, rounded once."""
+    return (scale * b.astype(jnp.float32)).astype(dtype)
+
+
 def xla_hidden_and_b(
-    dy: Float[Array, "rows out"], u: Float[Array, "rows R"], b: Float[Array, "out R"]
+    dy: Float[Array, "rows out"],
+    u: Float[Array, "rows all"],
+    b: Float[Array, "out R"],
+    *,
+    columns: slice,
+    scale: float,
 ) -> tuple[Float[Array, "rows R"], Float[Array, "out R"]]:
-    """dy b in dy's dtype, and dy^T u in float32; all of one dtype."""
-    return product("ro,ok->rk", dy, b), einsum("ro,rk->ok", dy, u)
+    """dy (scale b) in dy's dtype, and dy^T u in float32, of the R columns of u that belong to b."""
+    u = u[:, columns]
+    return product("ro,ok->rk", dy, scaled(b, scale, dy.dtype)), einsum("ro,rk->ok", dy, u)
