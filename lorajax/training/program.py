@@ -73,6 +73,11 @@ def _first_state(run: RunShape, trainable: Weights) -> TrainState:
     )
 
 
+# Where products share an operand and are small, XLA would copy their weights side by side to make one of them,
+# in every micro-batch: at 2048 tokens of a 1B model 67 MB for gate and up in each layer, 2% of the step.
+_OPTIONS: dict[str, Any] = {"xla_gpu_dot_merger_threshold_mb": 0}
+
+
 def compile_step(run: RunShape, graph: Any, state: TrainState, frozen: Weights) -> Program:
     """Compile the training step for these shapes, and the run's batch.
 
@@ -95,7 +100,7 @@ def compile_step(run: RunShape, graph: Any, state: TrainState, frozen: Weights) 
         scale_loss=config.model.dtype == "float16",
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated(run.mesh))
-    compiled = jitted.lower(state, frozen, batch_shapes(run)).compile()
+    compiled = jitted.lower(state, frozen, batch_shapes(run)).compile(compiler_options=_OPTIONS)
     return Program(compiled, memory_of(compiled))
 
 
