@@ -110,14 +110,8 @@ def _with_policy(
             x, own = jax.lax.optimization_barrier((x, own))
             last = index + 1 == len(kinds)
             y, values, on_host = trace.forward(own, index, x, policy.layers[index], may_offload=not last)
-            # As they are: otherwise XLA keeps what they are sums of, to add again where they are read.
-            y, values = jax.lax.optimization_barrier((y, values))
-            if any(on_host):
-                values = [
-                    jax.device_put(value, jax.memory.Space.Host) if away else value
-                    for value, away in zip(values, on_host, strict=True)
-                ]
-            kept.append(_Kept(values, on_host))
+            kept.append(_Kept.of(values, on_host))
+            y = kept[index].settled_with(y)
             x = y
             if index + 1 >= policy.copy_span:
                 x = kept[index + 1 - policy.copy_span].tied_to(x)
@@ -139,11 +133,13 @@ def _with_policy(
             # The leaves too: otherwise what is made of them alone is kept from the forward pass.
             own, here, dy = jax.lax.optimization_barrier((leaves[index], kept[index].values, dy))
             gradient, dy = traces[index].backward(own, index, here, policy.layers[index], dy)
-            # The adapters' gradients now: XLA likes to make them all at the end, from inputs that it keeps.
-            gradient, dy = jax.lax.optimization_barrier((gradient, dy))
             # That of the first layer stays: the others come back when it is there, and nothing else is.
             away = policy.layers[index].gradient_away and index > 0
-            gradients.append(_gradient_kept(gradient, away=away))
+            if joins(gradient):
+                gradient = [joined(gradient)]
+            # The adapters' gradients now: XLA likes to make them all at the end, from inputs that it keeps.
+            gradient, dy = jax.lax.optimization_barrier((gradient, dy))
+            gradients.append(_Kept.of(gradient, [away] * len(gradient)))
             if index:
                 dy = kept[index - 1].tied_to(dy)
             if len(gradients) > policy.copy_span:
@@ -161,21 +157,66 @@ def _with_policy(
     return run
 
 
+# Gradients of a layer of so many elements at most, as its adapters have, are kept as one array: otherwise what
+# is done with them takes a kernel for each, and a small kernel takes as long as it takes to start. Many small
+# copies to the host would also make XLA keep large ones on the GPU.
+JOINED_AT_MOST = 2**25
+
+
+def joins(leaves: Sequence[Array]) -> bool:
+    """Whether the gradients of a layer's trained leaves are kept as one array."""
+    return len({leaf.dtype for leaf in leaves}) == 1 and sum(leaf.size for leaf in leaves) <= JOINED_AT_MOST
+
+
+def joined(leaves: Sequence[Array]) -> Array:
+    """All elements one after the other, [sum of sizes]."""
+    return jnp.concatenate([leaf.ravel() for leaf in leaves])
+
+
+def apart(array: Array, like: Sequence[Any]) -> list[Array]:
+    """What was joined, in the shapes of `like`."""
+    ends = list(itertools.accumulate(leaf.size for leaf in like))
+    parts = jnp.split(array, ends[:-1])
+    return [part.reshape(leaf.shape) for part, leaf in zip(parts, like, strict=True)]
+
+
 @dataclass
 class _Kept:
-    """The kept activations of a layer, and which of them go to the host."""
+    """What is kept of a layer, and which of it goes to the host."""
 
     values: list[Array]
     on_host: Sequence[bool]
+
+    @classmethod
+    def of(cls, values: Iterable[Array], on_host: Sequence[bool]) -> _Kept:
+        """Copies to the host start as soon as a value is there."""
+        return cls(
+            [
+                jax.device_put(value, jax.memory.Space.Host) if away else value
+                for value, away in zip(values, on_host, strict=True)
+            ],
+            on_host,
+        )
+
+    def settled_with(self, y: Array) -> Array:
+        """y, which is there when what stays on the GPU is.
+
+        Otherwise XLA may keep what a value is the sum of, to add it again where it is read.
+        """
+        staying = [value for value, away in zip(self.values, self.on_host, strict=True) if not away]
+        y, staying = jax.lax.optimization_barrier((y, staying))
+        self._replace(staying, away=False)
+        return y
 
     @property
     def travelling(self) -> list[Array]:
         return [value for value, away in zip(self.values, self.on_host, strict=True) if away]
 
-    def _replace_travelling(self, new: Iterable[Array]) -> None:
+    def _replace(self, new: Iterable[Array], *, away: bool) -> None:
         coming = iter(new)
         self.values = [
-            next(coming) if away else value for value, away in zip(self.values, self.on_host, strict=True)
+            next(coming) if is_away == away else value
+            for value, is_away in zip(self.values, self.on_host, strict=True)
         ]
 
     def tied_to(self, x: Array) -> Array:
@@ -183,7 +224,7 @@ class _Kept:
         if not any(self.on_host):
             return x
         arrived, x = jax.lax.optimization_barrier((self.travelling, x))
-        self._replace_travelling(arrived)
+        self._replace(arrived, away=True)
         return x
 
     def start_back(self, dy: Array) -> Array:
@@ -191,19 +232,9 @@ class _Kept:
         if not any(self.on_host):
             return dy
         away, dy = jax.lax.optimization_barrier((self.travelling, dy))
-        self._replace_travelling(jax.device_put(value, jax.memory.Space.Device) for value in away)
+        back = [jax.device_put(value, jax.memory.Space.Device) for value in away]
+        self._replace(back, away=True)
         return dy
-
-
-def _gradient_kept(gradient: Sequence[Array], *, away: bool) -> _Kept:
-    """Where `away`, in host memory, as one array: with many small copies, XLA keeps large ones on the GPU.
-
-    Gradients of several dtypes, or none, stay where they are.
-    """
-    if not away or len({each.dtype for each in gradient}) != 1:
-        return _Kept(list(gradient), [False] * len(gradient))
-    joined = jnp.concatenate([each.ravel() for each in gradient])
-    return _Kept([jax.device_put(joined, jax.memory.Space.Host)], [True])
 
 
 @jax.tree_util.register_static
@@ -303,13 +334,9 @@ class _Trace:
         return pullback(dy)
 
     def as_leaves(self, own: Leaves, gradient: Sequence[Array]) -> list[Array | None]:
-        """A cotangent for each leaf, None where it is not trained; `gradient` may be one array of all."""
+        """A cotangent for each leaf, None where it is not trained; `gradient` as from the backward pass."""
         trained = [leaf for leaf, is_trained in zip(own, self.trained, strict=True) if is_trained]
-        if len(gradient) < len(trained):
-            ends = list(itertools.accumulate(leaf.size for leaf in trained))
-            parts = jnp.split(gradient[0], ends[:-1])
-            gradient = [part.reshape(leaf.shape) for part, leaf in zip(parts, trained, strict=True)]
-        coming = iter(gradient)
+        coming = iter(apart(gradient[0], trained) if joins(trained) else gradient)
         return [next(coming) if is_trained else None for is_trained in self.trained]
 
     def _known(self, own: Leaves, index: int, x: Array) -> dict[Var, Any]:

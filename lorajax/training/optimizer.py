@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array
 
 from lorajax.config import TrainConfig
 
@@ -30,8 +34,11 @@ def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedu
     )
 
 
-def adamw(train: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Loshchilov and Hutter, 2019); only matrices decay."""
+def adamw(train: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, then AdamW (Loshchilov and Hutter, 2019); only matrices decay.
+
+    Its update takes the gradient's global norm as the keyword `norm`.
+    """
     # optax computes 1 - beta as given, but 1 - beta**count in float32. They agree for a beta that float32
     # holds; with 0.999 itself, hundreds of steps would be too short by 6e-6 of their length.
     beta1, beta2 = float(np.float32(train.adam_beta1)), float(np.float32(train.adam_beta2))
@@ -43,6 +50,15 @@ def adamw(train: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransfo
         weight_decay=train.weight_decay,
         mask=lambda weights: jax.tree.map(lambda leaf: leaf.ndim > 1, weights),
     )
-    if train.max_grad_norm == 0:
-        return update
-    return optax.chain(optax.clip_by_global_norm(train.max_grad_norm), update)
+    clip = _clip_by_known_norm(train.max_grad_norm) if train.max_grad_norm else optax.identity()
+    return optax.chain(clip, update)
+
+
+def _clip_by_known_norm(largest: float) -> optax.GradientTransformationExtraArgs:
+    """optax.clip_by_global_norm without the norm, which a step knows already."""
+
+    def update(gradient: Any, state: Any, weights: Any = None, *, norm: Array, **_: Any) -> tuple[Any, Any]:
+        factor = jnp.where(norm < largest, 1, largest / norm)
+        return jax.tree.map(lambda leaf: leaf * factor, gradient), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)

@@ -21,7 +21,7 @@ from lorajax_kernels.device import split_over
 from lorajax.memory.policy import Checkpointing
 from lorajax.models.decoder import Decoder
 from lorajax.sharding import DATA_AXIS
-from lorajax.training.weights import Weights, merge_weights
+from lorajax.training.weights import Weights, by_layer, by_name, merge_weights
 
 # tokens, targets, segment_ids, positions int32 and weights float32: A micro-batches of B rows.
 Batch = dict[str, Shaped[Array, "A B T"]]
@@ -108,7 +108,7 @@ def init_state(
 
 def make_train_step(
     graph: Any,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     *,
     mesh: Mesh,
@@ -122,6 +122,7 @@ def make_train_step(
 
     Args:
         graph: of split_weights.
+        optimizer: of adamw.
         checkpointing: as in lorajax.memory.policy.
         max_segments: as in Decoder.hidden_states.
         dropout: apply the adapters' dropout.
@@ -143,11 +144,11 @@ def make_train_step(
             train_head=train_head,
             loss_scale=scale,
         )
-        norm = optax.tree.norm(gradient)
+        norm = optax.tree.norm(by_layer(gradient))
         metrics = StepMetrics(loss, norm, jnp.asarray(schedule(state.updates), jnp.float32), scale)
         # A step that is not finite leaves everything as it was, so that the last good state can be kept.
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable, norm=norm)
         updated = (optax.apply_updates(state.trainable, updates), opt_state, state.updates + 1)
         trainable, opt_state, made = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -196,7 +197,7 @@ def loss_and_gradient(
 
     def add(sums: tuple[Array, Weights], micro_batch: tuple[Rows, Array]):
         (_, loss), gradient = jax.value_and_grad(scaled_loss, has_aux=True)(trainable, *micro_batch)
-        return jax.tree.map(jnp.add, sums, (loss, gradient)), None
+        return jax.tree.map(jnp.add, sums, (loss, by_layer(gradient))), None
 
     sums: tuple[Array, Weights]
     # Around the backward pass too, which traces layers again.
@@ -204,12 +205,14 @@ def loss_and_gradient(
         if micro_batches == 1:
             rows = {name: array[0] for name, array in batch.items()}
             (_, loss), gradient = jax.value_and_grad(scaled_loss, has_aux=True)(trainable, rows, jnp.int32(0))
-            sums = (loss, gradient)
+            sums = (loss, by_layer(gradient))
         else:
-            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable))
+            shapes = jax.eval_shape(by_layer, trainable)
+            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, shapes))
             sums, _ = jax.lax.scan(add, zeros, (batch, jnp.arange(micro_batches)))
     loss, gradient = sums
-    return loss / targets, jax.tree.map(lambda leaf: leaf / (targets * loss_scale), gradient)
+    gradient = jax.tree.map(lambda leaf: leaf / (targets * loss_scale), gradient)
+    return loss / targets, by_name(gradient, trainable)
 
 
 def loss_sum(

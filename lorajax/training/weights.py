@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from itertools import groupby
 from typing import Any
 
 import jax
 from flax import nnx
 from jaxtyping import Array
 
+from lorajax.memory.layers import apart, joined, joins
 from lorajax.models.decoder import Decoder, LoRAParam
 
 # Dotted tree path -> array: {"layers.0.attention.q_proj.lora_a": float32 [R, in], ...}.
@@ -32,9 +35,41 @@ def merge_weights(graph: Any, *weights: Weights) -> Decoder:
     return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
+def by_layer(weights: Weights) -> Weights:
+    """With a layer's small weights as one vector, "layers.0": what is done with it is one kernel, not dozens.
+
+    Where the layer loop has made their gradients as such a vector, XLA takes it as it is.
+    """
+    found: Weights = {}
+    for layer, names in _layers(weights):
+        leaves = [weights[name] for name in names]
+        found |= {layer: joined(leaves)} if joins(leaves) else dict(zip(names, leaves, strict=True))
+    return found
+
+
+def by_name(weights: Weights, like: Weights) -> Weights:
+    """What by_layer has joined, under the names and in the shapes of `like`."""
+    found: Weights = {}
+    for layer, names in _layers(like):
+        if layer in weights:
+            leaves = apart(weights[layer], [like[name] for name in names])
+            found |= dict(zip(names, leaves, strict=True))
+    return {name: found[name] if name in found else weights[name] for name in like}
+
+
 def count(weights: Weights) -> int:
     """Number of elements."""
     return sum(leaf.size for leaf in weights.values())
+
+
+def _layers(weights: Weights) -> list[tuple[str, list[str]]]:
+    """Names by layer, in their order; those of no layer each alone."""
+
+    def layer(name: str) -> str:
+        found = re.match(r"\w+\.\d+(?=\.)", name)
+        return found[0] if found else name
+
+    return [(key, list(names)) for key, names in groupby(weights, key=layer)]
 
 
 def _flat(state: nnx.State) -> Weights:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Literal
 
 from lorajax.memory.layers import run_layers
 from lorajax.memory.policy import EVERYTHING, LayerPolicy, Policy
@@ -142,6 +143,22 @@ def test_the_last_layer_is_never_offloaded(arrays):
         (where, shape): LAYERS - 1 for where in ("pinned_host", "device") for shape in (wide, narrow)
     }
     assert transfers(lowered(arrays, {"gate": "save"})) == {}
+
+
+@pytest.mark.parametrize("checkpointing, within", [("offload", 0), ({"gate": "offload"}, 1)])
+def test_copies_to_the_host_start_as_soon_as_there_is_something_to_copy(checkpointing, within, arrays):
+    """Before the layer whose input it is, or after the first of its products: it runs meanwhile."""
+    graph, *values = arrays
+    equations = jax.make_jaxpr(program(graph, checkpointing))(*values).eqns
+    products = {}  # variable -> products that it waits for
+    found = []
+    for equation in equations:
+        inputs = [products.get(each, set()) for each in equation.invars if not isinstance(each, Literal)]
+        waits = set().union(*inputs) | ({id(equation)} if equation.primitive.name == "dot_general" else set())
+        products |= dict.fromkeys(equation.outvars, waits)
+        if equation.primitive.name == "device_put" and "host" in str(equation.params).lower():
+            found.append(len(waits))
+    assert found == [3 * layer + within for layer in range(LAYERS - 1)]
 
 
 def test_gradients_wait_on_the_host_where_they_are_offloaded(arrays):

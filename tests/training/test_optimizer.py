@@ -96,7 +96,7 @@ def test_adamw_is_the_plain_formula(max_grad_norm, weight_decay):
     optimizer = adamw(train, schedule)
     found, state = weights, optimizer.init(weights)
     for gradient in gradients:
-        updates, state = optimizer.update(gradient, state, found)
+        updates, state = optimizer.update(gradient, state, found, norm=optax.tree.norm(gradient))
         found = optax.apply_updates(found, updates)
 
     def expected(**changes):
@@ -125,6 +125,6 @@ def test_only_matrices_decay():
     weights = {"matrix": np.ones((2, 2), np.float32), "norm": np.ones(2, np.float32)}
     optimizer = adamw(train, optax.constant_schedule(0.1))
     still = {name: np.zeros_like(leaf) for name, leaf in weights.items()}
-    updates, _ = optimizer.update(still, optimizer.init(weights), weights)
+    updates, _ = optimizer.update(still, optimizer.init(weights), weights, norm=optax.tree.norm(still))
     np.testing.assert_allclose(updates["matrix"], -0.05, rtol=1e-6)
     np.testing.assert_array_equal(updates["norm"], 0)
