@@ -151,18 +151,14 @@ def compile_alone(case: Case, work: Work, arguments: argparse.Namespace) -> dict
     """The program of a run, compiled beside others, without weights; what it takes."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     from lorajax.memory.machine import claim_gpu_memory
-    from lorajax.sharding import replicated, shapes
     from lorajax.training.inputs import prepare as inputs_of
     from lorajax.training.planning import planned
-    from lorajax.training.program import compile_planned, state_shapes
-    from lorajax.training.weights import split_weights
+    from lorajax.training.program import compile_planned
 
     claim_gpu_memory(None if arguments.budget == "none" else arguments.budget)
     inputs = inputs_of(config_of(case, work, arguments))
     plan, inputs = planned(inputs, inputs.outline)
-    graph, trainable, frozen = split_weights(inputs.outline, "lora")
-    state, place = state_shapes(inputs, trainable), replicated(inputs.mesh)
-    inputs, program, plan = compile_planned(inputs, plan, graph, state, shapes(frozen, place))
+    inputs, program, plan = compile_planned(inputs, plan, inputs.outline)
     return {
         "batch": inputs.layout.rows,
         "micro_batches": inputs.micro_batches,

@@ -126,10 +126,10 @@ def measure(case: Case) -> dict[str, Any]:
     run, plan = RunShape(config=config, mesh=data_mesh(), total_steps=1000), None
     if config.memory.checkpointing == "auto":
         plan, run = planned(run, model)
-    graph, trainable, frozen = split_weights(model, "lora")
+    run, program, plan = compile_planned(run, plan, model)
+    _, trainable, frozen = split_weights(model, "lora")
     frozen = filled(frozen, run.mesh)
     state = first_state(run, filled(trainable, run.mesh))
-    run, program, plan = compile_planned(run, plan, graph, state, frozen)
     batch = random_batch(run, model.options.vocab_size, case.segments)
     before = peak_memory_bytes()
     for _ in range(STEPS):

@@ -201,16 +201,16 @@ def prepare(text: str, segments: int, *, runs: bool = True) -> Prepared:
     """Compile a case, as lorajax.train does; GPU memory has to be claimed before.
 
     Args:
-        runs: False: shapes stand in for the weights, and the same program is compiled.
+        runs: False: it is compiled, and there are no weights.
     """
     import jax
 
     from lorajax.lora.adapter import add_lora
     from lorajax.memory.plan import outline_of
-    from lorajax.sharding import data_mesh, replicated, shapes
+    from lorajax.sharding import data_mesh
     from lorajax.training.inputs import RunShape
     from lorajax.training.planning import planned
-    from lorajax.training.program import compile_planned, first_state, state_shapes
+    from lorajax.training.program import compile_planned, first_state
     from lorajax.training.weights import split_weights
 
     case = Case.of(text)
@@ -220,16 +220,8 @@ def prepare(text: str, segments: int, *, runs: bool = True) -> Prepared:
         outline = outline_of(config)
     run = RunShape(config=config, mesh=data_mesh(), total_steps=1000)
     plan, run = planned(run, outline)
-    graph, trainable, frozen = split_weights(outline, "lora")
-    if runs:
-        model = random_model(case.model, config.model.dtype)
-        add_lora(model, config.lora, seed=0)
-        _, trainable, frozen = split_weights(model, "lora")
-        state = first_state(run, trainable)
-    else:
-        state, frozen = state_shapes(run, trainable), shapes(frozen, replicated(run.mesh))
     began, not_found = time.perf_counter(), _CACHE_EVENTS[_NOT_FOUND]
-    run, program, plan = compile_planned(run, plan, graph, state, frozen)
+    run, program, plan = compile_planned(run, plan, outline)
     prepared = Prepared(
         case,
         segments,
@@ -240,7 +232,10 @@ def prepare(text: str, segments: int, *, runs: bool = True) -> Prepared:
         compiled_anew=_CACHE_EVENTS[_NOT_FOUND] - not_found if _CACHE_EVENTS else None,
     )
     if runs:
-        prepared.state, prepared.frozen = state, frozen
+        model = random_model(case.model, config.model.dtype)
+        add_lora(model, config.lora, seed=0)
+        _, trainable, prepared.frozen = split_weights(model, "lora")
+        prepared.state = first_state(run, trainable)
         prepared.batch = random_batch(run, outline.options.vocab_size, segments)
     return prepared
 

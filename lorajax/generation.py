@@ -22,7 +22,7 @@ from lorajax_kernels import attention, cached_attention
 
 from lorajax.data.chat import render_prompt
 from lorajax.errors import UserError
-from lorajax.memory.analysis import memory_of
+from lorajax.memory.analysis import compile_lowered, memory_of
 from lorajax.models.decoder import Attend, Decoder
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def answering_memory(
     answers = jax.tree.map(lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype), lowered.out_info)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(answers.caches))
     decode = _decode.lower(*weights, answers, settings.limit, settings.sampling)
-    return held + max(memory_of(each.compile()).temporaries for each in (lowered, decode))
+    return held + max(memory_of(compile_lowered(each)).temporaries for each in (lowered, decode))
 
 
 # --- prompts in, text out ---

@@ -1,9 +1,18 @@
-"""What a compiled program takes of a device, by XLA's own analysis."""
+"""Programs compiled in the memory that there is, and what they take of a device by XLA's own analysis."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import jax
+
+_log = logging.getLogger("lorajax")
+
+# Among the options of XLA's compiler.
+_UNTIMED = {"xla_gpu_autotune_level": 0}
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,28 @@ class Memory:
     @property
     def total(self) -> int:
         return self.arguments + self.temporaries
+
+
+def compile_lowered(lowered: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """What jax.jit(f).lower(...) gave, compiled, also where there is little memory.
+
+    XLA times ways to multiply on the GPU, with operands and results beside what is there already. Where they
+    do not fit it gives up; the program is then compiled without that, and may be slower.
+    """
+    given = dict(options or {})
+    try:
+        return lowered.compile(compiler_options=given)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.default_backend() != "gpu":
+            raise
+        _log.warning(
+            "XLA could not time ways to multiply in the GPU memory that is free (%s); it takes its defaults",
+            str(error).splitlines()[0],
+        )
+        try:
+            return lowered.compile(compiler_options=given | _UNTIMED)
+        except jax.errors.JaxRuntimeError:
+            raise error from None
 
 
 def memory_of(compiled: Any) -> Memory:

@@ -7,7 +7,7 @@ What a layer keeps on the GPU, keeps in host memory or makes again is its policy
 |---|---|---|---|
 | none    | every named activation   | nothing         | what has no name |
 | full    | the layer's input [B,T,D] | nothing        | the layer |
-| offload | nothing (last layer: its input) | the layer's input | the layer |
+| offload | nothing (last layer: its input) | the layer's input; gradients of the last quarter | the layer |
 
 All layers are in one custom_vjp. A layer is traced once, together with what its backward pass
 reads, into a list of equations. The forward pass evaluates what the output and the kept activations need, the
@@ -157,9 +157,9 @@ def _with_policy(
     return run
 
 
-# Gradients of a layer of so many elements at most, as its adapters have, are kept as one array: otherwise what
-# is done with them takes a kernel for each, and a small kernel takes as long as it takes to start. Many small
-# copies to the host would also make XLA keep large ones on the GPU.
+# Gradients of a layer of so many elements at most, as its adapters have, are kept as one array: otherwise
+# what is done with them takes a kernel for each, and a small kernel takes as long as it takes to start. Many
+# small copies to the host would also make XLA keep large ones on the GPU.
 JOINED_AT_MOST = 2**25
 
 

@@ -33,6 +33,9 @@ Action = Literal["save", "offload", "recompute"]
 ACTIONS: tuple[Action, ...] = ("save", "offload", "recompute")
 
 PRESETS = ("none", "full", "offload")
+# The preset `offload` also keeps gradients of the last of so many layers on the host. They are made first and
+# wait for those of the first layers, where memory is at its fullest. All would take too long to come back.
+_WAITING = 4
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,14 @@ class Policy:
                 raise ValueError(f"checkpointing={checkpointing!r} is not one of {', '.join(PRESETS)}")
             if checkpointing == "none":
                 return cls((EVERYTHING,) * num_layers)
-            action = "save" if checkpointing == "full" else "offload"
-            return cls((LayerPolicy.of({"block_input": action}),) * num_layers)
+            if checkpointing == "full":
+                return cls((LayerPolicy.of({"block_input": "save"}),) * num_layers)
+            away = {"block_input": "offload"}
+            waiting = num_layers // _WAITING
+            return cls(
+                (LayerPolicy.of(away),) * (num_layers - waiting)
+                + (LayerPolicy.of(away | {GRADIENT: "offload"}),) * waiting
+            )
         return cls((LayerPolicy.of(checkpointing),) * num_layers)
 
     @property

@@ -108,13 +108,11 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
     check_trackers(config.output.report_to)
     checkpoint = check_folder(config)
     inputs = prepare(config)
-    plan, inputs = planned(inputs, inputs.outline)
     position = None if checkpoint is None else _position(checkpoint, inputs)
+    ready = _compile(inputs, done=0 if position is None else position.step)
+    inputs = ready.inputs
     model = _load_model(inputs)
-    at_once = ANSWERED_AT_ONCE
-    if plan is not None and config.output.sample_prompts:
-        plan, at_once = plan_answers(plan, inputs, model)
-    before = _answers(inputs, model, at_once)
+    before = _answers(inputs, model, ready.answered_at_once)
     graph, trainable, frozen = split_weights(model, config.train.mode)
     del model  # the first step takes over its trainable leaves
     state = first_state(inputs, trainable)
@@ -132,14 +130,16 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
         truncate_metrics(folder.metrics, position.step)
 
     try:
-        done = _train(inputs, plan, folder, graph, state, frozen, position)
+        done = _train(ready, folder, state, frozen, position)
     except NotFinite as error:
         raise UserError(f"{error}; {_what_is_kept(folder)}") from None
 
     model = merge_weights(graph, done.state.trainable, frozen)
     samples: list[Sample] = []
     if done.stopped_by is None:
-        texts = zip(config.output.sample_prompts, before, _answers(inputs, model, at_once), strict=True)
+        texts = zip(
+            config.output.sample_prompts, before, _answers(inputs, model, ready.answered_at_once), strict=True
+        )
         samples = [Sample(*answers) for answers in texts]
         _write_outcome(inputs, folder, model, samples)
     result = Result(
@@ -170,6 +170,36 @@ def dry_run(config: Config) -> str:
     return dry_run_text(prepare(config))
 
 
+class _Ready(NamedTuple):
+    """Before the weights are read: what the run goes over, and how.
+
+    Attributes:
+        program: None: there is nothing left to train.
+        plan: None where memory is not planned, or there is nothing left to train.
+        answered_at_once: sample prompts.
+        seconds: that compiling took.
+    """
+
+    inputs: Inputs
+    program: Program | None
+    plan: Plan | None
+    answered_at_once: int
+    seconds: float
+
+
+def _compile(inputs: Inputs, *, done: int) -> _Ready:
+    """Plan and compile, while the GPU is empty; `done`: steps that were made before."""
+    began = time.perf_counter()
+    plan, inputs = planned(inputs, inputs.outline)
+    program, at_once = None, ANSWERED_AT_ONCE
+    if done < inputs.total_steps:
+        evaluates = inputs.documents.eval is not None
+        inputs, program, plan = compile_planned(inputs, plan, inputs.outline, evaluates=evaluates)
+    if plan is not None and inputs.config.output.sample_prompts:
+        plan, at_once = plan_answers(plan, inputs, inputs.outline)
+    return _Ready(inputs, program, plan, at_once, time.perf_counter() - began)
+
+
 class _Trained(NamedTuple):
     """Of the loop: the state, steps made, totals, the signal that ended it early, planned bytes of a GPU."""
 
@@ -181,33 +211,24 @@ class _Trained(NamedTuple):
 
 
 def _train(
-    inputs: Inputs,
-    plan: Plan | None,
-    folder: RunFolder,
-    graph: Any,
-    state: TrainState,
-    frozen: Weights,
-    position: Position | None,
+    ready: _Ready, folder: RunFolder, state: TrainState, frozen: Weights, position: Position | None
 ) -> _Trained:
     """The loop.
 
     A step is started before the metrics of the one before it are read, and its batch is made while the device
     is busy. What is logged up to a step is written before that step's checkpoint.
     """
+    inputs, program, plan = ready.inputs, ready.program, ready.plan
     config, total = inputs.config, inputs.total_steps
     train, output = config.train, config.output
     step = 0 if position is None else position.step
-    if step == total:
+    if program is None:
         return _Trained(state, step, Totals(), None, None)
     with contextlib.ExitStack() as stack:
-        began = time.perf_counter()
-        inputs, program, plan = compile_planned(
-            inputs, plan, graph, state, frozen, evaluates=inputs.documents.eval is not None
-        )
         trainable = count(state.trainable)
         total_parameters = trainable + count(frozen)
         print(banner(inputs, plan, trainable=trainable, total=total_parameters, memory=program.memory))
-        print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+        print(f"compiled in {ready.seconds:.1f} s", flush=True)
         batches = training_batches(inputs, None if position is None else position.data)
         stack.enter_context(contextlib.closing(batches))
         batch = next(batches)

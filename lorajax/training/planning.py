@@ -24,10 +24,9 @@ from lorajax.memory.plan import Plan, gib, make_plan, outline_of, problem_of, se
 from lorajax.memory.policy import Layout
 from lorajax.memory.targets import TARGETS, Target, find_target
 from lorajax.models.decoder import Decoder
-from lorajax.sharding import data_mesh, replicated, shapes
+from lorajax.sharding import data_mesh
 from lorajax.training.inputs import Inputs, RunShape
-from lorajax.training.program import compile_planned, state_shapes
-from lorajax.training.weights import split_weights
+from lorajax.training.program import compile_planned
 
 R = TypeVar("R", bound=RunShape)
 
@@ -58,9 +57,7 @@ def plan_memory(config: Config, device: str = "auto", *, compiles: bool = True) 
     if plan is None:
         raise UserError(f"there is no GPU at hand; name one with --device: {', '.join(TARGETS)}")
     if compiles:
-        graph, trainable, frozen = split_weights(model, config.train.mode)
-        state, place = state_shapes(run, trainable), replicated(run.mesh)
-        _, _, plan = compile_planned(run, plan, graph, state, shapes(frozen, place))
+        _, _, plan = compile_planned(run, plan, model)
         assert plan is not None
     return plan
 

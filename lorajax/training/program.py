@@ -13,14 +13,15 @@ from jaxtyping import Array, Float
 from lorajax_kernels.device import split_over
 
 from lorajax.data.cache import user_cache_folder
-from lorajax.memory.analysis import Memory, memory_of
+from lorajax.memory.analysis import Memory, compile_lowered, memory_of
 from lorajax.memory.plan import Plan, settle
 from lorajax.memory.policy import Layout
+from lorajax.models.decoder import Decoder
 from lorajax.sharding import replicated, rows, shapes
 from lorajax.training.inputs import RunShape
 from lorajax.training.optimizer import adamw, learning_rate_schedule
 from lorajax.training.step import Batch, StepMetrics, TrainState, init_state, loss_sum, make_train_step
-from lorajax.training.weights import Weights, merge_weights
+from lorajax.training.weights import Weights, merge_weights, split_weights
 
 R = TypeVar("R", bound=RunShape)
 
@@ -73,8 +74,8 @@ def _first_state(run: RunShape, trainable: Weights) -> TrainState:
     )
 
 
-# Where products share an operand and are small, XLA would copy their weights side by side to make one of them,
-# in every micro-batch: at 2048 tokens of a 1B model 67 MB for gate and up in each layer, 2% of the step.
+# Where products share an operand and are small, XLA would copy their weights side by side to make one of
+# them, in every micro-batch: at 2048 tokens of a 1B model 67 MB for gate and up in each layer, 2% of a step.
 _OPTIONS: dict[str, Any] = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 
@@ -100,17 +101,20 @@ def compile_step(run: RunShape, graph: Any, state: TrainState, frozen: Weights) 
         scale_loss=config.model.dtype == "float16",
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated(run.mesh))
-    compiled = jitted.lower(state, frozen, batch_shapes(run)).compile(compiler_options=_OPTIONS)
+    compiled = compile_lowered(jitted.lower(state, frozen, batch_shapes(run)), _OPTIONS)
     return Program(compiled, memory_of(compiled))
 
 
 def compile_planned(
-    run: R, plan: Plan | None, graph: Any, state: TrainState, frozen: Weights, *, evaluates: bool = False
+    run: R, plan: Plan | None, model: Decoder, *, evaluates: bool = False
 ) -> tuple[R, Program, Plan | None]:
     """Compile the step of a plan, and plan again while XLA finds that it takes more than there is.
 
+    To be called before the weights are on the device: XLA times ways to multiply in the memory that is free.
+
     Args:
         plan: None where memory is not planned: the run's layout is the config's then.
+        model: with its adapter; arrays may be shapes.
         evaluates: compile the evaluation too.
 
     Returns:
@@ -119,6 +123,8 @@ def compile_planned(
     Raises:
         UserError: the layout that the config asks for does not fit, or nothing does.
     """
+    graph, trainable, frozen = split_weights(model, run.config.train.mode)
+    state, frozen = state_shapes(run, trainable), shapes(frozen, replicated(run.mesh))
     if plan is None:
         return run, _compile_all(run, graph, state, frozen, evaluates), None
 
@@ -166,5 +172,5 @@ def compile_evaluation(
             return loss_sum(model, first, mesh=run.mesh, max_segments=run.max_segments)
 
     batch = batch_shapes(run, micro_batches=1)
-    compiled = jax.jit(evaluate).lower(state.trainable, frozen, batch).compile()
+    compiled = compile_lowered(jax.jit(evaluate).lower(state.trainable, frozen, batch), _OPTIONS)
     return compiled, memory_of(compiled)

@@ -145,7 +145,7 @@ def test_the_last_layer_is_never_offloaded(arrays):
     assert transfers(lowered(arrays, {"gate": "save"})) == {}
 
 
-@pytest.mark.parametrize("checkpointing, within", [("offload", 0), ({"gate": "offload"}, 1)])
+@pytest.mark.parametrize("checkpointing, within", [({"block_input": "offload"}, 0), ({"gate": "offload"}, 1)])
 def test_copies_to_the_host_start_as_soon_as_there_is_something_to_copy(checkpointing, within, arrays):
     """Before the layer whose input it is, or after the first of its products: it runs meanwhile."""
     graph, *values = arrays

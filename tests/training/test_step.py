@@ -234,7 +234,7 @@ def test_the_inputs_of_all_layers_but_the_last_are_offloaded(lowered):
         )
 
     there, back = [(memory, f"{ROWS}x{LENGTH}x32xf32") for memory in ("pinned_host", "device")]
-    assert placements("offload") == [there] * 3 + [back] * 3
+    assert placements({"block_input": "offload"}) == [there] * 3 + [back] * 3
     assert placements("full") == []
 
 
