@@ -13,7 +13,8 @@ evaluation, answers to prompts before and after, and a checkpoint half-way. What
     failed    anything else, above all an out-of-memory error
 
 The goal is that none fails, and that half of them run at least. A draw follows from its seed and number, and
-can be repeated with --here NUMBER. --jobs runs several side by side on one GPU: a budget is at most LARGEST.
+can be repeated with --here NUMBER; the result is written after each. --jobs runs several side by side on one
+GPU: a budget is at most LARGEST.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -315,12 +316,16 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{row['draw']:>4} {row['outcome']:>8} {gib('budget')} {gib('planned')} {gib('peak')}  "
         f"{model['num_hidden_layers']} x {model['hidden_size']}, {' x '.join(map(str, sizes))}: "
-        f"{row.get('layout', {}).get('plan') or ' '.join(row.get('reason', '').split())}"
+        f"{row.get('layout', {}).get('plan') or ' '.join(row.get('reason', '').split())[:400]}"
     )
 
 
-def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How many ran, were refused or failed, whether that is good enough, and how far plans were off."""
+def summary(outcomes: Sequence[dict[str, Any]], draws: int) -> dict[str, Any]:
+    """How many ran, were refused or failed, whether that is good enough, and how far plans were off.
+
+    Args:
+        draws: how many there are to be.
+    """
     count = Counter(row["outcome"] for row in outcomes)
     planned = [row for row in outcomes if row.get("planned")]
 
@@ -330,7 +335,7 @@ def summary(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "draws": len(outcomes),
         **{name: count[name] for name in ("ran", "refused", "failed")},
-        "holds": count["failed"] == 0 and count["ran"] >= RUNS_AT_LEAST * len(outcomes),
+        "holds": len(outcomes) == draws and not count["failed"] and count["ran"] >= RUNS_AT_LEAST * draws,
         "largest_peak_to_plan": largest("planned"),
         "largest_peak_to_budget": largest("budget"),
     }
@@ -363,22 +368,24 @@ def main() -> None:
     print(
         "draw  outcome   budget  planned     peak  GiB; layers x width, micro-batches x rows x tokens: plan"
     )
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        rows = list(pool.map(lambda number: outcome(seed, number, tiny), range(draws)))
-    record = {
+    about = {
         "benchmark": "no_surprise",
         **environment(*PACKAGES, commit=arguments.commit),
         "device": device,
         "seed": seed,
+        "asked_for": draws,
         "jobs": arguments.jobs,
         "goal": f"none failed, and at least {RUNS_AT_LEAST:.0%} ran",
         "unit": "bytes; planned and peak: of the whole run",
-        **summary(rows),
-        "rows": rows,
     }
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(summary(rows)))
+    rows: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for done in as_completed(pool.submit(outcome, seed, number, tiny) for number in range(draws)):
+            rows.append(done.result())
+            if arguments.out:
+                record = about | summary(rows, draws) | {"rows": rows}
+                Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(summary(rows, draws)))
 
 
 if __name__ == "__main__":
