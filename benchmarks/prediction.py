@@ -142,6 +142,7 @@ def measure(case: Case) -> dict[str, Any]:
         "peak_before_steps": before,
         "host": program.memory.host,
         "rows": run.layout.rows,
+        "mlp_chunks": run.layout.mlp_chunks,
         "kept": kept.as_plain() if isinstance(kept, Policy) else kept,
     }
 
@@ -178,7 +179,8 @@ def predict_elsewhere(case: Case, target: str, measured: Future[dict[str, Any]])
                 if "error" in row:
                     return {"elsewhere_error": "there is no layout to compile"}
                 kept = row["kept"]
-                layout = Layout(row["rows"], Policy.from_plain(kept) if "layers" in kept else kept)
+                kept = Policy.from_plain(kept) if "layers" in kept else kept
+                layout = Layout(row["rows"], kept, row["mlp_chunks"])
             [found] = compile_variants(config, find_target(target), [Variant(layout)])
         except Exception as error:  # whatever it is, the other cases go on
             return {"elsewhere_error": str(error)}

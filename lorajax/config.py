@@ -124,6 +124,9 @@ class MemoryConfig:
     """What layers keep for the backward pass: auto (chosen for the memory that there is), none (all
     that has a name), full (only each layer's input), offload (those in host memory), or by the name of an
     activation: save, offload or recompute; gradient: offload keeps adapters' gradients in host memory."""
+    mlp_chunks: int | None = None
+    """Parts of a row's tokens that an MLP takes one after the other, for very long rows; null: chosen too
+    with auto, otherwise 1. With more than 1 it keeps neither gate nor up."""
     budget: str | None = None
     """Most GPU memory for weights, state and activations, such as 24GiB; null: what is free."""
     host_budget: str | None = None
@@ -369,6 +372,12 @@ def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
                 parse_size(text)
             except ValueError as error:
                 yield f"memory.{key} {error}"
+    if memory.mlp_chunks is not None and memory.mlp_chunks < 1:
+        yield f"memory.mlp_chunks must be at least 1, not {memory.mlp_chunks}"
+    if (memory.mlp_chunks or 1) > 1 and isinstance(memory.checkpointing, dict):
+        for name in ("gate", "up"):
+            if memory.checkpointing.get(name, "recompute") != "recompute":
+                yield f"memory.checkpointing keeps {name}, which an MLP in memory.mlp_chunks makes again"
     if memory.checkpointing != "auto":
         try:
             Policy.of(memory.checkpointing, 1)

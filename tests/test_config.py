@@ -458,6 +458,13 @@ def test_missing_required_keys(tmp_path):
         ("lora", ["target_modules: []"], "run.yaml:8: lora.target_modules is empty"),
         ("data", ["max_length: 1"], "run.yaml:5: data.max_length must be at least 2, not 1"),
         ("data", ["max_segments: 0"], "data.max_segments must be at least 1, not 0"),
+        ("memory", ["mlp_chunks: 0"], "memory.mlp_chunks must be at least 1, not 0"),
+        (
+            "memory",
+            ["mlp_chunks: 2", "checkpointing: {up: save}"],
+            "memory.checkpointing keeps up, which an MLP in memory.mlp_chunks makes again",
+        ),
+        ("memory", ["checkpointing: half"], "'half' is not one of none, full, offload, or auto"),
         ("data", ["eval_fraction: 1"], "data.eval_fraction must be at least 0 and below 1, not 1"),
         ("train", ["per_device_train_batch_size: 0"], "train.per_device_train_batch_size must be at least 1"),
         (

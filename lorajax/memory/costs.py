@@ -208,6 +208,13 @@ class Costs:
         return head + softmax + again
 
     @property
+    def mlp_weights(self) -> float:
+        """Of a layer's MLP, read once more in each of the passes that a part of the tokens makes."""
+        o = self.work.options
+        size = 3 * o.hidden_size * o.intermediate_size * self.work.itemsize
+        return WEIGHT_PASSES * size / (EFFICIENCY.passes * self.rates.memory)
+
+    @property
     def update(self) -> float:
         """Of the optimizer: parameters, gradients and two moments are read, all but gradients written."""
         return 7 * 4 * self.work.trainable / (EFFICIENCY.passes * self.rates.memory)

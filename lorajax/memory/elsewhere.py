@@ -175,6 +175,7 @@ def _request(folder: str, target: Target, variant: Variant) -> dict[str, Any]:
         "target": target.name,
         "rows": variant.layout.rows,
         "checkpointing": policy.as_plain() if isinstance(policy, Policy) else policy,
+        "mlp_chunks": variant.layout.mlp_chunks,
         "num_layers": variant.num_layers,
         "micro_batches": variant.micro_batches,
         "evaluates": variant.evaluates,
@@ -214,7 +215,8 @@ def _compile(request: dict[str, Any]) -> Compiled:
 
     config = load_config(request["config"])
     target = find_target(request["target"])
-    layout = Layout(request["rows"], _checkpointing(request["checkpointing"]))
+    checkpointing = _checkpointing(request["checkpointing"])
+    layout = Layout(request["rows"], checkpointing, request.get("mlp_chunks", 1))
     if (micro_batches := request.get("micro_batches")) is not None:
         train = dataclasses.replace(
             config.train,

@@ -31,7 +31,7 @@ layers, and each copy has copy_span layers to hide behind.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -115,7 +115,7 @@ def _with_policy(
             x = y
             if index + 1 >= policy.copy_span:
                 x = kept[index + 1 - policy.copy_span].tied_to(x)
-        return x, (_Static((traces, [own.on_host for own in kept])), leaves, [own.values for own in kept])
+        return x, (Static((traces, [own.on_host for own in kept])), leaves, [own.values for own in kept])
 
     def backward(residuals: Any, dy: Any) -> tuple[Any, Array | None]:
         static, leaves, values = residuals
@@ -130,28 +130,25 @@ def _with_policy(
             while started > max(index - policy.copy_span, 0):
                 started -= 1
                 dy = kept[started].start_back(dy)
+            if index == 0:
+                for away in gradients:
+                    dy = away.start_back(dy)
             # The leaves too: otherwise what is made of them alone is kept from the forward pass.
             own, here, dy = jax.lax.optimization_barrier((leaves[index], kept[index].values, dy))
             gradient, dy = traces[index].backward(own, index, here, policy.layers[index], dy)
-            # That of the first layer stays: the others come back when it is there, and nothing else is.
-            away = policy.layers[index].gradient_away and index > 0
+            # That of the first layer stays: the others come back while it is made.
+            waits = policy.layers[index].gradient_away and index > 0
             if joins(gradient):
                 gradient = [joined(gradient)]
             # The adapters' gradients now: XLA likes to make them all at the end, from inputs that it keeps.
             gradient, dy = jax.lax.optimization_barrier((gradient, dy))
-            gradients.append(_Kept.of(gradient, [away] * len(gradient)))
+            gradients.append(_Kept.of(gradient, [waits] * len(gradient)))
             if index:
                 dy = kept[index - 1].tied_to(dy)
             if len(gradients) > policy.copy_span:
                 dy = gradients[-1 - policy.copy_span].tied_to(dy)
-        *others, first = gradients
-        for gradient in others:
-            if first.values:
-                first.values[0] = gradient.start_back(first.values[0])
-            else:
-                dy = gradient.start_back(dy)
         found = zip(traces, leaves, reversed(gradients), strict=True)
-        return [trace.as_leaves(own, gradient.values) for trace, own, gradient in found], dy
+        return [trace.as_leaves(own, each.values) for trace, own, each in found], dy
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run
@@ -239,7 +236,7 @@ class _Kept:
 
 @jax.tree_util.register_static
 @dataclass(frozen=True, eq=False)
-class _Static:
+class Static:
     """What goes from the forward to the backward pass beside arrays."""
 
     value: Any
@@ -276,6 +273,7 @@ class _Trace:
         pullback: tree of the function from the output's cotangent to those of the trained leaves and of x,
             its leaves being the residuals.
         trained: for each leaf, whether it is differentiated.
+        named: the activations that have a name and that residuals are made from, each with its name.
     """
 
     equations: Sequence[Any]
@@ -285,6 +283,7 @@ class _Trace:
     residuals: Sequence[Any]
     pullback: Any
     trained: tuple[bool, ...]
+    named: Sequence[tuple[str, Var]]
 
     @classmethod
     def of(cls, layer: Layer, kind: _Kind, own: Leaves, x: Array, trained: tuple[bool, ...]) -> _Trace:
@@ -305,6 +304,8 @@ class _Trace:
 
         jaxpr = jax.make_jaxpr(forward)(own, jnp.int32(0), x)
         output, *residuals = jaxpr.jaxpr.outvars
+        needed = {variable for eqn in _needed(jaxpr.jaxpr.eqns, (), residuals) for variable in eqn.outvars}
+        names = [(eqn.params["name"], eqn.outvars[0]) for eqn in jaxpr.jaxpr.eqns if _is_name(eqn)]
         return cls(
             equations=jaxpr.jaxpr.eqns,
             constants=dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)),
@@ -313,6 +314,7 @@ class _Trace:
             residuals=residuals,
             pullback=pullback,
             trained=trained,
+            named=[(name, variable) for name, variable in names if variable in needed],
         )
 
     def forward(
@@ -320,8 +322,9 @@ class _Trace:
     ) -> tuple[Array, list[Array], list[bool]]:
         """The output, the kept activations, and for each of these whether it is to go to the host."""
         kept = self._kept(policy)
-        y, *values = _evaluate(self.equations, self._known(own, index, x), [self.output, *kept])
-        names = ["block_input", *map(self._name, kept)]
+        wanted = [self.output, *(variable for _, variable in kept)]
+        y, *values = _evaluate(self.equations, self._known(own, index, x), wanted)
+        names = ["block_input", *(name for name, _ in kept)]
         return y, [x, *values], [may_offload and name in policy.offloaded for name in names]
 
     def backward(
@@ -329,7 +332,8 @@ class _Trace:
     ) -> tuple[list[Array], Array]:
         """Cotangents of the trained leaves and of x; `kept` as from forward."""
         x, *values = kept
-        known = self._known(own, index, x) | dict(zip(self._kept(policy), values, strict=True))
+        kept_variables = [variable for _, variable in self._kept(policy)]
+        known = self._known(own, index, x) | dict(zip(kept_variables, values, strict=True))
         pullback = jax.tree.unflatten(self.pullback, _evaluate(self.equations, known, self.residuals))
         return pullback(dy)
 
@@ -343,39 +347,41 @@ class _Trace:
         values = (*own, jnp.int32(index), x)
         return dict(self.constants) | dict(zip(self.inputs, values, strict=True))
 
-    def _kept(self, policy: LayerPolicy) -> list[Var]:
-        """Variables of the activations that the policy keeps, without the block's input."""
+    def _kept(self, policy: LayerPolicy) -> list[tuple[str, Var]]:
+        """The activations that the policy keeps, without the block's input."""
         names = policy.saved | policy.offloaded
-        return [eqn.outvars[0] for eqn in self.equations if _named(eqn) in names]
-
-    def _name(self, variable: Var) -> str | None:
-        return next((_named(eqn) for eqn in self.equations if variable is eqn.outvars[0]), None)
+        return [(name, variable) for name, variable in self.named if name in names]
 
 
-def _named(equation: Any) -> str | None:
-    """The name that an equation gives (jax.ad_checkpoint.checkpoint_name), if that is what it does."""
-    return equation.params["name"] if equation.primitive.name == "name" else None
+def _is_name(equation: Any) -> bool:
+    """Whether all that an equation does is to give a name (jax.ad_checkpoint.checkpoint_name)."""
+    return equation.primitive.name == "name"
 
 
-def _evaluate(equations: Sequence[Any], known: Mapping[Var, Any], wanted: Sequence[Any]) -> list[Any]:
-    """Values of variables, made from known ones by the equations that they need."""
-    values = dict(known)
+def _needed(equations: Sequence[Any], known: Container[Var], wanted: Iterable[Any]) -> list[Any]:
+    """The equations that make the wanted variables from known ones, the last first."""
     needed: set[Var] = set()
     steps = []
 
     def need(atoms: Iterable[Any]) -> None:
-        needed.update(atom for atom in atoms if not isinstance(atom, Literal) and atom not in values)
+        needed.update(atom for atom in atoms if not isinstance(atom, Literal) and atom not in known)
 
     need(wanted)
     for equation in reversed(equations):
         if not needed.isdisjoint(equation.outvars):
             steps.append(equation)
             need(equation.invars)
+    return steps
+
+
+def _evaluate(equations: Sequence[Any], known: Mapping[Var, Any], wanted: Sequence[Any]) -> list[Any]:
+    """Values of variables, made from known ones by the equations that they need."""
+    values = dict(known)
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
-    for equation in reversed(steps):
+    for equation in reversed(_needed(equations, known, wanted)):
         parameters = equation.primitive.get_bind_params(equation.params)
         with equation.ctx.manager:
             results = equation.primitive.bind(*map(read, equation.invars), **parameters)

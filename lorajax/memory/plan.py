@@ -86,6 +86,7 @@ def problem_of(
         fixed=(weights, 4 * count, 4 * _MOMENTS * count + batch),
         offloads=offloads,
         micro_batches=micro_batch_counts(rows),
+        mlp_chunks=config.memory.mlp_chunks,
     )
 
 
@@ -198,6 +199,7 @@ class Plan:
             "host memory": f"{gib(chosen.host)} of {gib(self.host_budget)}",
             "other times": ", ".join(f"{name} {gib(size)}" for name, size in times.items()),
             **describe(policy),
+            **({"MLP": _in_parts(chosen.layout)} if chosen.layout.mlp_chunks > 1 else {}),
         }
 
     def table(self) -> str:
@@ -262,7 +264,7 @@ def make_plan(problem: Problem, config: Config, *, device: str, budget: int, hos
         )
     if sum(problem.fixed) > budget:
         raise UserError(refusal(plan))
-    return replace(plan, chosen=estimate(problem, Layout(rows, policy)))
+    return replace(plan, chosen=estimate(problem, Layout(rows, policy, config.memory.mlp_chunks or 1)))
 
 
 def choose_again(plan: Plan) -> Plan:
@@ -360,6 +362,8 @@ def describe(policy: Policy) -> dict[str, str]:
 def summary(layout: Layout) -> str:
     """In a few words."""
     policy = layout.checkpointing
+    if layout.mlp_chunks > 1:
+        return f"{summary(layout._replace(mlp_chunks=1))}, MLP {_in_parts(layout)}"
     if not isinstance(policy, Policy):
         return str(policy)
     if policy.keeps_everything:
@@ -374,6 +378,10 @@ def summary(layout: Layout) -> str:
     travelling = [f"{name} {number}" for name, number in away.items() if number]
     text = f"{100 * kept / total:.0f}% of named activations"
     return text + (f", offloaded: {', '.join(travelling)}" if travelling else "")
+
+
+def _in_parts(layout: Layout) -> str:
+    return f"in {layout.mlp_chunks} parts of a row"
 
 
 def thinned(options: Sequence[Estimate], count: int) -> list[Estimate]:

@@ -20,6 +20,10 @@ from lorajax.memory.policy import LayerPolicy, Layout, Policy
 PARTS = 8
 # What may be offloaded, the first first. The small ones are not worth a copy each.
 OFFLOADED = ("block_input", "gate", "up", "attention_output", "query", "block_middle")
+# Into how many parts the tokens of an MLP may be cut, and the fewest that a part has.
+CHUNKS, LEAST_CHUNK = (2, 4, 8, 16), 2048
+# What an MLP in parts never keeps.
+MADE_IN_CHUNKS = ("gate", "up")
 # Bytes of logits that the head's loss makes at a time (lorajax_kernels.cross_entropy).
 LOGITS_CHUNK = 2**28
 # Share of a copy's time that a step loses even where the copy hides behind computation.
@@ -83,6 +87,7 @@ class Problem:
         fixed: memory of weights, adapters and optimizer, in bytes.
         offloads: whether the device can keep activations in host memory.
         micro_batches: those that may be chosen; each divides `rows`.
+        mlp_chunks: parts of its tokens that an MLP takes one after the other, where that is not to be chosen.
     """
 
     workload: Callable[[int], Workload]
@@ -91,6 +96,15 @@ class Problem:
     fixed: tuple[int, int, int]
     offloads: bool
     micro_batches: Sequence[int]
+    mlp_chunks: int | None = None
+
+    def chunks(self, work: Workload, policy: Policy) -> Sequence[int]:
+        """Those that may be chosen with a policy; more than one only where rows cannot be taken apart."""
+        if self.mlp_chunks is not None:
+            return [self.mlp_chunks]
+        if work.rows > 1 or any(layer.keeps(*MADE_IN_CHUNKS) for layer in policy.layers):
+            return [1]
+        return [1, *(chunks for chunks in CHUNKS if work.length // chunks >= LEAST_CHUNK)]
 
 
 def micro_batch_counts(rows: int) -> list[int]:
@@ -113,7 +127,9 @@ def estimate(problem: Problem, layout: Layout) -> Estimate:
     """What a given layout is expected to cost."""
     work = problem.workload(layout.rows)
     policy = Policy.of(layout.checkpointing, work.options.num_layers)
-    return _estimate(problem, Costs(work, problem.rates), layout, policy)
+    if layout.mlp_chunks > 1:
+        policy = policy.without(*MADE_IN_CHUNKS)
+    return _estimate(problem, Costs(work, problem.rates), layout._replace(checkpointing=policy))
 
 
 def _layouts(problem: Problem, micro_batches: int) -> Iterator[Estimate]:
@@ -133,7 +149,8 @@ def _layouts(problem: Problem, micro_batches: int) -> Iterator[Estimate]:
             for layer in range(layers)
         ]
         for policy in _offloading(kept, counts if problem.offloads else [], costs):
-            yield _estimate(problem, costs, Layout(rows, policy), policy)
+            for chunks in problem.chunks(work, policy):
+                yield _estimate(problem, costs, Layout(rows, policy, chunks))
         if count == layers:
             everywhere += some
 
@@ -171,8 +188,9 @@ def _spread(layer: int, count: int, layers: int) -> bool:
     return (layer + 1) * count // layers > layer * count // layers
 
 
-def _estimate(problem: Problem, costs: Costs, layout: Layout, policy: Policy) -> Estimate:
-    work, micro_batches = costs.work, problem.rows // layout.rows
+def _estimate(problem: Problem, costs: Costs, layout: Layout) -> Estimate:
+    work, micro_batches, policy = costs.work, problem.rows // layout.rows, layout.checkpointing
+    assert isinstance(policy, Policy)
     sizes, again = work.activation_bytes, costs.recomputed
     step = 0.0
     saved: list[int] = []
@@ -196,11 +214,12 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout, policy: Policy) ->
             behind_forward += copy - forward
             behind_backward += copy - backward
     step += max(0.0, behind_forward) + max(0.0, behind_backward) + COPY_COST * copies
+    step += (layout.mlp_chunks - 1) * costs.mlp_weights * len(policy.layers)
     seconds = micro_batches * (step + costs.micro_batch) + costs.update
-    # What gradients sum up to over micro-batches stays on the GPU.
+    # Of gradients in host memory too, what they sum up to over micro-batches stays on the GPU.
     away = sum(layer.gradient_away for layer in policy.layers) / len(policy.layers)
-    gradients = 4 * work.trainable * (1 - away)
-    workspace = _workspace(work, policy) + gradients + (0 if micro_batches == 1 else 4 * work.trainable)
+    gradients = 4 * work.trainable * (1 - away) + (0 if micro_batches == 1 else 4 * work.trainable)
+    workspace = _workspace(work, policy, layout.mlp_chunks) + gradients
     device = Breakdown(*problem.fixed, _activations(saved, travelling, policy.copy_span), int(workspace))
     host = sum(travelling) + int(4 * work.trainable * away)
     return Estimate(layout, micro_batches, seconds, device, host)
@@ -214,16 +233,17 @@ def _activations(saved: Sequence[int], travelling: Sequence[int], copy_span: int
     return max(kept + coming for kept, coming in zip(below, windows, strict=True))
 
 
-def _workspace(work: Workload, policy: Policy) -> float:
+def _workspace(work: Workload, policy: Policy, mlp_chunks: int) -> float:
     """The most that a layer's backward pass, or the head's loss, needs besides what is kept.
 
     Counted in activations of width D and F, as compiled for an H200.
     """
     hidden = work.tokens * work.itemsize * work.options.hidden_size
-    inner = work.tokens * work.itemsize * work.options.intermediate_size
+    inner = work.tokens * work.itemsize * work.options.intermediate_size / mlp_chunks
     logits = work.tokens * work.itemsize * work.options.vocab_size
     loss = min(logits, LOGITS_CHUNK) + 2.5 * hidden
-    most = loss
+    # While attention is differentiated; more than the MLP takes where that is cut.
+    most = max(loss, 7 * hidden)
     for layer in policy.layers:
         kept = layer.saved | layer.offloaded
         gates = ("gate" not in kept) + ("up" not in kept)

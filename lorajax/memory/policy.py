@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 # The activations of a layer that may be saved, recomputed or offloaded, in the order in which they are made.
@@ -34,7 +34,7 @@ ACTIONS: tuple[Action, ...] = ("save", "offload", "recompute")
 
 PRESETS = ("none", "full", "offload")
 # The preset `offload` also keeps gradients of the last of so many layers on the host. They are made first and
-# wait for those of the first layers, where memory is at its fullest. All would take too long to come back.
+# wait for those of the first layers. More could not come back behind the first layer of a small micro-batch.
 _WAITING = 4
 
 
@@ -84,6 +84,10 @@ class LayerPolicy:
             action: frozenset(name for name in actions if actions[name] == action) for action in ACTIONS
         }
         return cls(chosen["save"], chosen["offload"], gradient_away=gradient == "offload")
+
+    def keeps(self, *names: str) -> bool:
+        """Any of these."""
+        return not (self.saved | self.offloaded).isdisjoint(names)
 
     @property
     def actions(self) -> dict[str, str]:
@@ -139,6 +143,15 @@ class Policy:
             )
         return cls((LayerPolicy.of(checkpointing),) * num_layers)
 
+    def without(self, *names: str) -> Policy:
+        """With these made again in every layer."""
+        gone = frozenset(names)
+        layers = (
+            replace(layer, saved=layer.saved - gone, offloaded=layer.offloaded - gone)
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
+
     @property
     def keeps_everything(self) -> bool:
         return all(layer == EVERYTHING for layer in self.layers)
@@ -175,7 +188,9 @@ class Layout(NamedTuple):
     Attributes:
         rows: of a micro-batch on one device.
         checkpointing: what layers keep.
+        mlp_chunks: parts of a row's tokens that an MLP takes one after the other (lorajax.memory.chunks).
     """
 
     rows: int
     checkpointing: Checkpointing
+    mlp_chunks: int = 1

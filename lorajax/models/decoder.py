@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from lorajax_kernels import (
 )
 
 from lorajax.lora.config import LoRAConfig
+from lorajax.memory.chunks import in_chunks
 from lorajax.memory.layers import run_layers
 from lorajax.memory.policy import Checkpointing
 from lorajax.models.rope import RopeOptions, Rotation, rope_angles
@@ -79,6 +81,10 @@ class DecoderOptions:
         """Longest text that the model takes, in tokens: linear and dynamic scaling stretch max_position."""
         stretched = self.rope.type in ("linear", "dynamic")
         return int(self.max_position * self.rope.factor) if stretched else self.max_position
+
+
+# Of a block.
+_PROJECTIONS = 7
 
 
 class LoRAParam(nnx.Param):
@@ -186,7 +192,21 @@ class MLP(nnx.Module):
         self.up_proj = Linear(hidden, inner, bias=bias, dtype=dtype)
         self.down_proj = Linear(inner, hidden, bias=bias, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "B T D"], keys: "DropoutKeys") -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], keys: "DropoutKeys", chunks: int = 1
+    ) -> Float[Array, "B T D"]:
+        """`chunks`: parts of the tokens that are taken one after the other, see lorajax.memory.chunks."""
+        if chunks == 1:
+            return self._of_all(x, keys)
+        graph, state = nnx.split(self)
+
+        def of_some(arrays: Any, x: Array, number: int) -> Array:
+            state, key = arrays
+            return nnx.merge(graph, state)._of_all(x, DropoutKeys(key).of_part(number))
+
+        return in_chunks(of_some, (state, keys.key), x, chunks=chunks)
+
+    def _of_all(self, x: Float[Array, "B T D"], keys: "DropoutKeys") -> Float[Array, "B T D"]:
         gate, up = project(x, (self.gate_proj, self.up_proj), (keys(4), keys(5)))  # [B, T, F]
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         down, adapter = self.down_proj, self.down_proj.adapter(keys(6))
@@ -210,11 +230,12 @@ class Block(nnx.Module):
         rotation: Rotation,
         attend: Attend,
         dropout_key: PRNGKeyArray | None = None,
+        mlp_chunks: int = 1,
     ) -> Float[Array, "B T D"]:
         keys = DropoutKeys(dropout_key)
         x = x + self.attention(self.attention_norm(x), rotation, attend, keys)
         x = checkpoint_name(x, "block_middle")
-        return x + self.mlp(self.mlp_norm(x), keys)
+        return x + self.mlp(self.mlp_norm(x), keys, mlp_chunks)
 
 
 @dataclass(frozen=True)
@@ -225,6 +246,10 @@ class DropoutKeys:
 
     def __call__(self, projection: int) -> PRNGKeyArray | None:
         return None if self.key is None else jax.random.fold_in(self.key, projection)
+
+    def of_part(self, number: int) -> "DropoutKeys":
+        """Other keys for each part of the tokens."""
+        return DropoutKeys(self(_PROJECTIONS + number))
 
 
 class Decoder(nnx.Module):
@@ -296,6 +321,7 @@ class Decoder(nnx.Module):
         max_segments: int | None = None,
         dropout_key: PRNGKeyArray | None = None,
         checkpointing: Checkpointing | None = None,
+        mlp_chunks: int = 1,
     ) -> Float[Array, "B T D"]:
         """Activations after the final norm, in the model's dtype.
 
@@ -309,6 +335,8 @@ class Decoder(nnx.Module):
             dropout_key: key of the adapters' dropout; None switches it off.
             checkpointing: what the layers keep for the backward pass (lorajax.memory.policy); None: what JAX
                 keeps by itself.
+            mlp_chunks: parts of a row's tokens that an MLP takes one after the other; more than one: it keeps
+                its input alone.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -321,7 +349,14 @@ class Decoder(nnx.Module):
                 q, k, v, segment_ids, max_segments=max_segments, implementation=self.attention_implementation
             )
 
-        return self.run(tokens, rotation, attend, dropout_key=dropout_key, checkpointing=checkpointing)
+        return self.run(
+            tokens,
+            rotation,
+            attend,
+            dropout_key=dropout_key,
+            checkpointing=checkpointing,
+            mlp_chunks=mlp_chunks,
+        )
 
     def run(
         self,
@@ -331,6 +366,7 @@ class Decoder(nnx.Module):
         *,
         dropout_key: PRNGKeyArray | None = None,
         checkpointing: Checkpointing | None = None,
+        mlp_chunks: int = 1,
     ) -> Float[Array, "B T D"]:
         """`hidden_states`, with what rotates and what mixes the tokens handed in.
 
@@ -341,7 +377,7 @@ class Decoder(nnx.Module):
 
         def layer(block: Block, index: int, x: Array) -> Array:
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return block(x, rotation, attend, key)
+            return block(x, rotation, attend, key, mlp_chunks)
 
         x = self.embed(tokens, self.dtype)
         return self.norm(run_layers(layer, self.layers, x, checkpointing=checkpointing))

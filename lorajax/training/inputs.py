@@ -62,7 +62,8 @@ class RunShape:
     def layout(self) -> Layout:
         if self.planned is not None:
             return self.planned
-        return Layout(self.config.train.per_device_train_batch_size, self.config.memory.checkpointing)
+        rows, memory = self.config.train.per_device_train_batch_size, self.config.memory
+        return Layout(rows, memory.checkpointing, memory.mlp_chunks or 1)
 
     @property
     def rows_per_device(self) -> int:

@@ -150,7 +150,7 @@ def planned(run: R, model: Decoder) -> tuple[Plan | None, R]:
             raise UserError("memory.budget is for GPUs, and there is none; set it to null")
         if memory.checkpointing != "auto":
             return None, run
-        layout = Layout(config.train.per_device_train_batch_size, "none")
+        layout = Layout(config.train.per_device_train_batch_size, "none", memory.mlp_chunks or 1)
         return None, dataclasses.replace(run, planned=layout)
     problem = problem_of(config, model, rates=machine_rates(), offloads=offloads())
     plan = make_plan(

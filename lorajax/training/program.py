@@ -95,6 +95,7 @@ def compile_step(run: RunShape, graph: Any, state: TrainState, frozen: Weights) 
         schedule,
         mesh=run.mesh,
         checkpointing=run.layout.checkpointing,
+        mlp_chunks=run.layout.mlp_chunks,
         max_segments=run.max_segments,
         dropout=not full and config.lora.dropout > 0,
         train_head=full,
@@ -169,7 +170,13 @@ def compile_evaluation(
         model = merge_weights(graph, trainable, frozen)
         first = {name: array[0] for name, array in batch.items()}
         with split_over(run.mesh.size):
-            return loss_sum(model, first, mesh=run.mesh, max_segments=run.max_segments)
+            return loss_sum(
+                model,
+                first,
+                mesh=run.mesh,
+                mlp_chunks=run.layout.mlp_chunks,
+                max_segments=run.max_segments,
+            )
 
     batch = batch_shapes(run, micro_batches=1)
     compiled = compile_lowered(jax.jit(evaluate).lower(state.trainable, frozen, batch), _OPTIONS)

@@ -113,6 +113,7 @@ def make_train_step(
     *,
     mesh: Mesh,
     checkpointing: Checkpointing,
+    mlp_chunks: int = 1,
     max_segments: int | None = None,
     dropout: bool,
     train_head: bool,
@@ -124,6 +125,7 @@ def make_train_step(
         graph: of split_weights.
         optimizer: of adamw.
         checkpointing: as in lorajax.memory.policy.
+        mlp_chunks: as in Decoder.hidden_states.
         max_segments: as in Decoder.hidden_states.
         dropout: apply the adapters' dropout.
         train_head: the head's weight is among the trainable ones.
@@ -139,6 +141,7 @@ def make_train_step(
             batch,
             mesh=mesh,
             checkpointing=checkpointing,
+            mlp_chunks=mlp_chunks,
             max_segments=max_segments,
             dropout_key=_update_key(state) if dropout else None,
             train_head=train_head,
@@ -169,6 +172,7 @@ def loss_and_gradient(
     *,
     mesh: Mesh,
     checkpointing: Checkpointing,
+    mlp_chunks: int = 1,
     max_segments: int | None = None,
     dropout_key: Key[Array, ""] | None = None,
     train_head: bool = False,
@@ -189,6 +193,7 @@ def loss_and_gradient(
             rows,
             mesh=mesh,
             checkpointing=checkpointing,
+            mlp_chunks=mlp_chunks,
             max_segments=max_segments,
             dropout_key=key,
             train_head=train_head,
@@ -221,6 +226,7 @@ def loss_sum(
     *,
     mesh: Mesh,
     checkpointing: Checkpointing | None = None,
+    mlp_chunks: int = 1,
     max_segments: int | None = None,
     dropout_key: Key[Array, ""] | None = None,
     train_head: bool = False,
@@ -236,6 +242,7 @@ def loss_sum(
         max_segments=max_segments,
         dropout_key=dropout_key,
         checkpointing=checkpointing,
+        mlp_chunks=mlp_chunks,
     )
     split, everywhere = PartitionSpec(DATA_AXIS), PartitionSpec()
 

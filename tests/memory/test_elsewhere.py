@@ -125,10 +125,12 @@ def test_memory_grows_with_rows_layers_and_what_is_kept(config_of):
         Variant(Layout(3, "full"), 1, micro_batches=2),
         Variant(Layout(4, "none"), 2),
         Variant(Layout(4, "none"), 5),
+        Variant(Layout(4, "full", 4), 1),
     ]
     found = list(compile_variants(config_of(), find_target("l4"), variants))
-    whole, half, uneven, other, deeper, deepest = found
+    whole, half, uneven, other, deeper, deepest, in_chunks = found
     assert half.temporaries < 0.7 * whole.temporaries and half.arguments == whole.arguments
+    assert in_chunks.temporaries < 0.9 * whole.temporaries
     assert half.temporaries < other.temporaries < whole.temporaries
     assert other.arguments > whole.arguments  # six rows, not four
     assert deeper.temporaries > 1.3 * whole.temporaries and deeper.arguments > other.arguments

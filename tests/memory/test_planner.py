@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lorajax.errors import UserError
 from lorajax.memory.plan import Plan, choose_again, describe, refusal, settle, thinned
-from lorajax.memory.planner import estimate, estimates, micro_batch_counts
+from lorajax.memory.planner import LEAST_CHUNK, estimate, estimates, micro_batch_counts
 from lorajax.memory.policy import ACTIVATIONS, LayerPolicy, Layout, Policy
 
 GIB = 2**30
@@ -111,6 +111,28 @@ def test_with_room_for_all_everything_named_is_saved_in_one_micro_batch(plan_of)
     chosen = plan_of("1b", rows=8, length=2048, budget=40).chosen
     assert (chosen.micro_batches, chosen.host) == (1, 0)
     assert chosen.layout.checkpointing == Policy((LayerPolicy.of(NAMED),) * 16)
+
+
+def test_the_mlp_of_a_very_long_row_is_cut_where_nothing_else_fits(plan_of):
+    chosen = plan_of("8b", rows=1, length=65536, budget=24).chosen
+    assert chosen.layout.mlp_chunks > 1
+    assert not any(layer.keeps("gate", "up") for layer in chosen.layout.checkpointing.layers)
+    assert plan_of("8b", rows=1, length=65536, budget=75).chosen.layout.mlp_chunks == 1
+
+
+def test_rows_are_taken_apart_before_the_mlp_is_cut(plan_of):
+    options = plan_of("8b", rows=2, length=16384, budget=120).options
+    assert all(option.layout.mlp_chunks == 1 for option in options if option.layout.rows > 1)
+    assert all(16384 // option.layout.mlp_chunks >= LEAST_CHUNK for option in options)
+
+
+def test_the_number_of_chunks_can_be_asked_for(problem):
+    asked = dataclasses.replace(problem("1b", rows=4, length=2048), mlp_chunks=3)
+    assert {option.layout.mlp_chunks for option in estimates(asked)} == {3}
+    found = estimate(asked, Layout(4, "none", 3))
+    assert not any(layer.keeps("gate", "up") for layer in found.layout.checkpointing.layers)
+    assert found.device.total < estimate(asked, Layout(4, "none")).device.total
+    assert found.seconds > estimate(asked, Layout(4, "none")).seconds
 
 
 def test_a_device_without_pinned_host_memory_offloads_nothing(plan_of):

@@ -102,7 +102,7 @@ def gradient(weights):
     """gradient(batch, ...): (loss, gradient by path) of a batch [A, B, T]."""
 
     @functools.cache
-    def program(mode: str, attention: str, checkpointing: str | None, dropout: bool):
+    def program(mode: str, attention: str, checkpointing: str | None, dropout: bool, mlp_chunks: int):
         graph, _, _ = weights(mode, attention)
 
         def run(trainable, frozen, batch, key):
@@ -113,15 +113,18 @@ def gradient(weights):
                 batch,
                 mesh=data_mesh(),
                 checkpointing=checkpointing,
+                mlp_chunks=mlp_chunks,
                 dropout_key=key if dropout else None,
                 train_head=mode == "full",
             )
 
         return jax.jit(run, compiler_options=OPTIONS)
 
-    def gradient(batch, mode="lora", *, attention="auto", checkpointing=None, dropout_seed=None):
+    def gradient(
+        batch, mode="lora", *, attention="auto", checkpointing=None, dropout_seed=None, mlp_chunks=1
+    ):
         _, trainable, frozen = weights(mode, attention)
-        run = program(mode, attention, checkpointing, dropout_seed is not None)
+        run = program(mode, attention, checkpointing, dropout_seed is not None, mlp_chunks)
         loss, leaves = run(trainable, frozen, batch, jax.random.key(dropout_seed or 0))
         return float(loss), on_host(leaves)
 
@@ -177,6 +180,24 @@ def test_recomputed_and_offloaded_equal_saved(mode, micro_batches, dropout_seed,
         other_loss, other = gradient(batch, mode, checkpointing=checkpointing, dropout_seed=dropout_seed)
         assert abs(other_loss - loss) <= 1e-6 * loss
         assert difference(other, saved) <= 1e-6
+
+
+@pytest.mark.parametrize("mode, checkpointing", [("lora", "offload"), ("lora", "none"), ("full", "full")])
+def test_an_mlp_in_chunks_has_the_gradient_of_all_tokens(mode, checkpointing, gradient):
+    batch = cut(make_batch(), 2)
+    loss, whole = gradient(batch, mode, checkpointing=checkpointing)
+    other_loss, other = gradient(batch, mode, checkpointing=checkpointing, mlp_chunks=5)
+    assert abs(other_loss - loss) <= 1e-6 * loss
+    assert difference(other, whole) <= 1e-6
+
+
+def test_dropout_in_chunks_has_masks_of_its_own(gradient):
+    """Each chunk another: as few as these tokens could not be told from a mask for all of them otherwise."""
+    batch = cut(make_batch(), 1)
+    _, whole = gradient(batch, "few", checkpointing="full", dropout_seed=5)
+    _, chunks = gradient(batch, "few", checkpointing="full", dropout_seed=5, mlp_chunks=4)
+    _, again = gradient(batch, "few", checkpointing="offload", dropout_seed=5, mlp_chunks=4)
+    assert difference(again, chunks) <= 1e-6 < 0.05 < difference(chunks, whole)
 
 
 def test_dropout_has_a_mask_of_its_own_for_each_key_and_micro_batch(gradient):
