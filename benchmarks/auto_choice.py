@@ -4,14 +4,14 @@
     python benchmarks/auto_choice.py --models tiny,4,64 --budgets none --out result.json  # on a CPU
 
 Each of --models is MODEL,ROWS,LENGTH as in train_step.py, and has the layouts of GRID: micro-batches times
-what layers keep. Each layout runs once, as a case of train_step.py, in a process of its own; so does auto,
-planned for each budget of BUDGETS or --budgets. A point is a model and a budget: the best layout whose peak
-is within the budget, and how much longer a step of auto takes. All programs are compiled first, --jobs at a
-time.
+what layers keep. Each layout, and auto planned for each budget of BUDGETS or --budgets, is compiled first,
+--jobs at a time; then all of a model are timed in turns in one process, as with train_step.py --alternate. A
+point is a model and a budget: the best layout that is planned to take no more than the budget, and how much
+longer a step of auto takes.
 
 The goal: a step of auto takes at most 3% longer than that of the best layout, at six points or more.
 
-The result is written after each case; --resume goes on from it, where it is of the same commit and GPU.
+The result is written after each model; --resume goes on from it, where it is of the same commit and GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from environment import environment
-from train_step import PACKAGES, cache_folder, measure_in_turn
+from train_step import PACKAGES, cache_folder, compile_side_by_side, measure_together
 
 _ATTENTION = ("query", "key", "value", "attention_output", "attention_lse", "block_middle", "lora_hidden")
 _GATES = ("gate", "up", "lora_hidden")
@@ -53,6 +53,7 @@ BUDGETS = {
     "1b,16,512": ("4GiB", "7GiB"),
 }
 MOST = 1.03
+ROUNDS = 3
 
 # Case of train_step.py -> its row.
 Rows = dict[str, dict[str, Any]]
@@ -94,10 +95,10 @@ def compared(chosen: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, 
         return {"error": chosen["error"], "reached": False}
     budget = chosen["budget"]
     most = math.inf if budget is None else parse_size(budget) / 2**30
-    fitting = [row for row in others if "error" not in row and row["peak_gib"] <= most]
+    fitting = [row for row in others if "error" not in row and row["planned_gib"] <= most]
     best = min(fitting, key=lambda row: row["ms"], default=None)
     ratio = chosen["ms"] / best["ms"] if best else None
-    within = chosen["peak_gib"] <= most
+    within = chosen["planned_gib"] <= most
     return {
         "auto": shown(chosen),
         "best": best and shown(best),
@@ -109,7 +110,7 @@ def compared(chosen: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, 
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("case", "batch", "micro_batches", "ms", "peak_gib", "host_gib")}
+    return {key: row[key] for key in ("case", "batch", "micro_batches", "ms", "planned_gib", "host_gib")}
 
 
 def known_rows(path: Path, commit: str | None) -> Rows:
@@ -159,16 +160,18 @@ def main() -> None:
         parser.error(f"--budgets for {', '.join(missing)}")
     about, out = environment(*PACKAGES, commit=arguments.commit), Path(arguments.out)
     rows = known_rows(out, about["commit"]) if arguments.resume else {}
-    cases = [
-        case
-        for model in arguments.models
-        for case in (*layouts(model), *(auto(model, each) for each in arguments.budgets or BUDGETS[model]))
-        if case not in rows
-    ]
     with cache_folder(arguments.cache) as cache:
-        for row in measure_in_turn(cases, 1, cache=cache, jobs=arguments.jobs):
-            rows[row["case"]] = row
-            print(json.dumps(row), flush=True)
+        for model in arguments.models:
+            budgets = arguments.budgets or BUDGETS[model]
+            cases = [*layouts(model), *(auto(model, budget) for budget in budgets)]
+            if rows.keys() >= set(cases):
+                continue
+            compiled = compile_side_by_side(cases, 1, cache=cache, jobs=arguments.jobs)
+            rows |= {case: row for case, row in compiled.items() if "error" in row}
+            ready = [case for case in cases if "error" not in compiled[case]]
+            for row in measure_together(ready, 1, ROUNDS, cache=cache):
+                rows[row["case"]] = row
+                print(json.dumps(row), flush=True)
             # After each, so that a run that is cut short keeps what it has measured.
             out.write_text(json.dumps(result(about, rows), indent=2) + "\n", encoding="utf-8")
     for each in points(rows):

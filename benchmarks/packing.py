@@ -105,7 +105,7 @@ def prepare(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
     from lorajax.data import load_documents, load_tokenizer
     from lorajax.models.checkpoint import initialise, save_merged
 
-    prepare_machine()
+    device = prepare_machine()["device"]
     tokenizer = load_tokenizer(arguments.tokenizer)
     write_samples(arguments.data, arguments.documents, tokenizer, work)
     work.model.mkdir(exist_ok=True)
@@ -123,7 +123,7 @@ def prepare(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
         "documents": loaded.documents,
         "tokens": loaded.tokens,
         "target_tokens": loaded.target_tokens,
-        "device": jax.local_devices()[0].device_kind,
+        "device": device,
     }
 
 

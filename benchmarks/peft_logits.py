@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import peft
 import torch
@@ -48,10 +49,9 @@ def difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
 
 
 def our_logits(model: Decoder, rows: list[np.ndarray]) -> list[np.ndarray]:
-    longest = max(
-        len(tokens) for tokens in rows
-    )  # one shape; what follows a token does not change its logits
-    padded = [np.pad(tokens, (0, longest - len(tokens)))[None] for tokens in rows]
+    # One shape: what follows a token does not change its logits.
+    longest = max(map(len, rows))
+    padded = [jnp.asarray(np.pad(tokens, (0, longest - len(tokens)))[None]) for tokens in rows]
     return [np.asarray(model(each))[0, : len(tokens)] for each, tokens in zip(padded, rows, strict=True)]
 
 

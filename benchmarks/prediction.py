@@ -14,6 +14,12 @@ projections, AdamW, random tokens, every one a target. For each case three figur
 The goal is that no prediction is more than 1% under the peak or 5% over it. Memory is not timing: with --jobs
 several cases share the GPU, each with its part of it. --target names the GPU to compile for, where it is not
 the one at hand. On a CPU, whose peak is that of the whole process, nothing is compared.
+
+    python benchmarks/prediction.py --target h200 --only-elsewhere --jobs 2 --out elsewhere.json
+    python benchmarks/prediction.py --elsewhere elsewhere.json --jobs 6 --out result.json
+
+make the predictions that need no GPU where there is none, and spare the GPU's machine them; those of auto,
+whose layout is chosen there, are made there.
 """
 
 from __future__ import annotations
@@ -187,22 +193,47 @@ def predict_elsewhere(case: Case, target: str, measured: Future[dict[str, Any]])
     return {"elsewhere_error": found.error} if hasattr(found, "error") else {"elsewhere": found.total}
 
 
-def all_rows(cases: Sequence[str], jobs: int, target: str | None, compares: bool) -> list[dict[str, Any]]:
-    """The rows of all cases, so many at a time on the GPU, and as many compiled beside it."""
+def all_rows(
+    cases: Sequence[str], jobs: int, target: str | None, known: dict[str, Any], compares: bool
+) -> list[dict[str, Any]]:
+    """The rows of all cases, so many at a time on the GPU, and as many compiled beside it.
+
+    Args:
+        known: case -> what predict_elsewhere gave for it.
+    """
     with ThreadPoolExecutor(jobs) as on_device, ThreadPoolExecutor(jobs) as beside:
         measured = [on_device.submit(last_json, __file__, [case, "--here"]) for case in cases]
         elsewhere = [
-            target and beside.submit(predict_elsewhere, Case.of(case), target, row)
+            beside.submit(predict_elsewhere, Case.of(case), target, row)
+            if target and case not in known
+            else None
             for case, row in zip(cases, measured, strict=True)
         ]
         rows = []
         for case, here, there in zip(cases, measured, elsewhere, strict=True):
-            row = {"case": case, **here.result(), **(there.result() if there else {})}
+            row = {"case": case, **here.result(), **(there.result() if there else known.get(case, {}))}
             if compares and "peak" in row:
                 row |= {f"{name}_off": off(row, name) for name in PREDICTIONS if name in row}
             rows.append(row)
             print(json.dumps({name: value for name, value in row.items() if name != "kept"}), flush=True)
     return rows
+
+
+def only_elsewhere(cases: Sequence[str], jobs: int, target: str) -> dict[str, Any]:
+    """case -> what predict_elsewhere gives for it, where that needs no GPU."""
+    chosen = [case for case in cases if Case.of(case).step.checkpointing != "auto"]
+    with ThreadPoolExecutor(jobs) as pool:
+        nothing: Future[dict[str, Any]] = Future()
+        found = pool.map(lambda case: predict_elsewhere(Case.of(case), target, nothing), chosen)
+        return dict(zip(chosen, found, strict=True))
+
+
+def known_elsewhere(path: str, commit: str | None, target: str | None) -> dict[str, Any]:
+    """What only_elsewhere has left in a file, of the same commit and for the same GPU."""
+    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    if commit is None or (record["commit"], record["target"]) != (commit, target):
+        raise SystemExit(f"{path} is of commit {record['commit']} for {record['target']}")
+    return record["elsewhere"]
 
 
 def off(row: dict[str, Any], name: str) -> float:
@@ -260,6 +291,8 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file for the result")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--here", action="store_true", help="the first case alone, in this process")
+    parser.add_argument("--only-elsewhere", action="store_true", help="what needs no GPU, for --target")
+    parser.add_argument("--elsewhere", metavar="FILE", help="that --only-elsewhere has written")
     arguments = parser.parse_args()
     if arguments.here:
         print(json.dumps(measure(Case.of(arguments.cases[0]))))
@@ -269,16 +302,27 @@ def main() -> None:
             hf_config(Case.of(case).step.model)
         except (KeyError, ValueError):
             parser.error(f"{case}: it is not {CASE}")
+    about = environment(*PACKAGES, commit=arguments.commit)
+    if arguments.only_elsewhere:
+        if not (arguments.target and arguments.out):
+            parser.error("--only-elsewhere needs --target and --out")
+        found = only_elsewhere(arguments.cases, arguments.jobs, arguments.target)
+        record = {"target": arguments.target, **about, "elsewhere": found}
+        Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        return
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     device = machine_at_hand()["device"]
     compares = device != "cpu"
     if arguments.jobs > 1:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", f"{SHARED / arguments.jobs:.4f}")
     target = arguments.target or find_name(device)
-    rows = all_rows(arguments.cases, arguments.jobs, target, compares)
+    known = {}
+    if arguments.elsewhere:
+        known = known_elsewhere(arguments.elsewhere, about["commit"], target)
+    rows = all_rows(arguments.cases, arguments.jobs, target, known, compares)
     record = {
         "benchmark": "prediction",
-        **environment(*PACKAGES, commit=arguments.commit),
+        **about,
         "device": device,
         "target": target,
         "goal": f"at most {MOST_UNDER:.0%} under the peak, at most {MOST_OVER:.0%} over it",
