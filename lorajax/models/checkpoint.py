@@ -30,7 +30,7 @@ from lorajax.models.safetensors import open_folder
 from lorajax.models.stored import StoredCheckpoint, StoredTensor
 from lorajax.sharding import data_mesh, replicated
 
-__all__ = ["initialise", "load", "outline", "resolve", "save_merged"]
+__all__ = ["check_weights", "initialise", "load", "outline", "resolve", "save_merged"]
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -66,16 +66,29 @@ def load(
         UserError: an argument is out of range; there is no such model, or none of a kind that can be loaded;
             its files are damaged; tensors are missing, surplus or of the wrong shape (all in one error).
     """
-    if quantization is not None:
-        raise UserError(f"quantization {quantization!r} is not supported; leave it at None (null in YAML)")
+    _check_quantization(quantization)
     _check_arguments(dtype, param_dtype, attention)
     place = resolve(path)
-    checkpoint = open_gguf(place) if place.is_file() else open_folder(place)
+    checkpoint = _open(place)
     model = _outline(place, checkpoint.hf_config, checkpoint.eos_token_ids, dtype, param_dtype, attention)
     model = _with_leaves(model, _read_weights(checkpoint, model))
     if lora is not None:
         add_lora(model, lora, seed=seed)
     return model
+
+
+def check_weights(path: str | Path, model: Decoder, *, quantization: str | None = None) -> None:
+    """Look for a model's weights in the headers of its files, without reading them.
+
+    Args:
+        path, quantization: as in `load`.
+        model: what `outline` gave for the path.
+
+    Raises:
+        UserError: as `load`, as far as the headers tell.
+    """
+    _check_quantization(quantization)
+    _find_tensors(_open(resolve(path)), model)
 
 
 def outline(
@@ -141,6 +154,11 @@ def _draw(key: PRNGKeyArray, deviation: float, shape: tuple[int, ...], dtype: np
     return (deviation * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
+def _check_quantization(quantization: str | None) -> None:
+    if quantization is not None:
+        raise UserError(f"quantization {quantization!r} is not supported; leave it at None (null in YAML)")
+
+
 def _check_arguments(dtype: str, param_dtype: str | None, attention: str) -> None:
     for key, value in (("dtype", dtype), ("param_dtype", param_dtype or dtype)):
         if value not in DTYPES:
@@ -201,8 +219,14 @@ def _with_leaves(model: Decoder, leaves: dict[LeafPath, Array]) -> Decoder:
     return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(state))
 
 
-def _read_weights(checkpoint: StoredCheckpoint, model: Decoder) -> dict[LeafPath, Array]:
-    """All leaves of the model, read in the order in which they lie in the files."""
+def _open(place: Path) -> StoredCheckpoint:
+    return open_gguf(place) if place.is_file() else open_folder(place)
+
+
+def _find_tensors(
+    checkpoint: StoredCheckpoint, model: Decoder
+) -> tuple[dict[str, tuple[LeafPath, jax.ShapeDtypeStruct]], dict[str, StoredTensor], StoredTensor | None]:
+    """The leaves by the names of their tensors, the tensors, and a head that the embeddings replace."""
     wanted: dict[str, tuple[LeafPath, jax.ShapeDtypeStruct]] = {}
     for leaf, abstract in _leaves(model).items():
         wanted[_tensor_name(model.family, *leaf)] = leaf, abstract
@@ -212,6 +236,13 @@ def _read_weights(checkpoint: StoredCheckpoint, model: Decoder) -> dict[LeafPath
     if second is not None and embed not in tensors:
         tensors[embed], second = second, None
     _check_tensors(checkpoint.place, {name: leaf.shape for name, (_, leaf) in wanted.items()}, tensors)
+    return wanted, tensors, second
+
+
+def _read_weights(checkpoint: StoredCheckpoint, model: Decoder) -> dict[LeafPath, Array]:
+    """All leaves of the model, read in the order in which they lie in the files."""
+    wanted, tensors, second = _find_tensors(checkpoint, model)
+    embed, head = (_tensor_name(model.family, module, "weight") for module in ("embed", "head"))
     if second is not None and not _equal(tensors[embed], second, wanted[embed][1].dtype):
         raise UserError(
             f"{checkpoint.place}: the config ties the head to the embeddings, but {head} is not "

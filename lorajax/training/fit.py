@@ -20,7 +20,7 @@ from lorajax.generation import generate
 from lorajax.lora.peft import save_adapter
 from lorajax.memory.machine import claim_gpu_memory
 from lorajax.memory.plan import Plan
-from lorajax.models.checkpoint import initialise, load, save_merged
+from lorajax.models.checkpoint import check_weights, initialise, load, save_merged
 from lorajax.models.decoder import Decoder
 from lorajax.training.banner import banner, dry_run_text, gib
 from lorajax.training.checkpoints import (
@@ -109,6 +109,8 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
     checkpoint = check_folder(config)
     inputs = prepare(config)
     position = None if checkpoint is None else _position(checkpoint, inputs)
+    if config.train.init != "random":
+        check_weights(inputs.model_path, inputs.outline, quantization=config.model.quantization)
     ready = _compile(inputs, done=0 if position is None else position.step)
     inputs = ready.inputs
     model = _load_model(inputs)

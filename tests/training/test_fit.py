@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lorajax.config import (
     Config,
@@ -435,3 +435,16 @@ def test_what_cannot_be_trained_is_refused(
     with pytest.raises(UserError, match=message):
         fit(config)
     assert not Path(config.output.output_dir).exists()
+
+
+def test_missing_weights_are_found_before_anything_is_compiled(
+    quick_config, write_llama, make_tokenizer, tmp_path
+):
+    folder = write_llama(tmp_path / "model", num_hidden_layers=1)
+    make_tokenizer().save_pretrained(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with recorded_compilations() as events, pytest.raises(UserError, match=r"up_proj\.weight"):
+        fit(quick_config(model={"path": str(folder)}))
+    assert "jit(step)" not in events
