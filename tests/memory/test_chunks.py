@@ -58,6 +58,7 @@ def test_nothing_is_differentiated_that_is_not_asked_for(values):
     assert str(run(trained)).count("dot_general") == 2 * (3 + 3 + 2 + 1)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this XLA drops the barriers on a CPU")
 def test_less_memory_is_taken(values):
     frozen, trained, _, _ = values
     x = jnp.ones((1, 4096, WIDTH))

@@ -184,7 +184,7 @@ def test_recomputed_and_offloaded_equal_saved(mode, micro_batches, dropout_seed,
 
 @pytest.mark.parametrize("mode, checkpointing", [("lora", "offload"), ("lora", "none"), ("full", "full")])
 def test_an_mlp_in_chunks_has_the_gradient_of_all_tokens(mode, checkpointing, gradient):
-    batch = cut(make_batch(), 2)
+    batch = cut(make_batch(), 1)
     loss, whole = gradient(batch, mode, checkpointing=checkpointing)
     other_loss, other = gradient(batch, mode, checkpointing=checkpointing, mlp_chunks=5)
     assert abs(other_loss - loss) <= 1e-6 * loss
@@ -193,7 +193,7 @@ def test_an_mlp_in_chunks_has_the_gradient_of_all_tokens(mode, checkpointing, gr
 
 def test_dropout_in_chunks_has_masks_of_its_own(gradient):
     """Each chunk another: as few as these tokens could not be told from a mask for all of them otherwise."""
-    batch = cut(make_batch(), 1)
+    batch = cut(make_batch(), 2)
     _, whole = gradient(batch, "few", checkpointing="full", dropout_seed=5)
     _, chunks = gradient(batch, "few", checkpointing="full", dropout_seed=5, mlp_chunks=4)
     _, again = gradient(batch, "few", checkpointing="offload", dropout_seed=5, mlp_chunks=4)
