@@ -13,6 +13,7 @@ import jax
 from jaxtyping import Array
 
 from lorajax_kernels.device import is_assumed
+from lorajax_kernels.triton_cache import keep_on_disk
 
 # Of CUtensorMapDataType in the CUDA driver's API.
 _TMA_TF32 = 11
@@ -108,6 +109,7 @@ def block_for(size: int, least: int = 16) -> int:
 @functools.cache
 def _jax_triton() -> tuple[Any, str]:
     """jax-triton, and what its release calls out_shape."""
+    import triton
     import triton.backends.nvidia.driver as driver
 
     if not hasattr(driver, "TMA_TF32"):
@@ -115,5 +117,7 @@ def _jax_triton() -> tuple[Any, str]:
         driver.TMA_TF32 = _TMA_TF32
     import jax_triton
 
+    versions = f"triton {triton.__version__}, jax-triton {jax_triton.__version__}"
+    keep_on_disk(getattr(jax_triton, "triton_lib", None), versions)
     release = tuple(int(part) for part in jax_triton.__version__.split(".")[:2])
     return jax_triton, "out_type" if release >= (0, 4) else "out_shape"

@@ -25,7 +25,7 @@ def calls(monkeypatch):
         backends = types.SimpleNamespace(nvidia=nvidia)
         fakes = {
             "jax_triton": types.SimpleNamespace(__version__=release, triton_call=call),
-            "triton": types.SimpleNamespace(backends=backends),
+            "triton": types.SimpleNamespace(backends=backends, __version__="3.6.0"),
             "triton.backends": backends,
             "triton.backends.nvidia": nvidia,
             "triton.backends.nvidia.driver": driver,
