@@ -10,10 +10,10 @@ own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from lorajax.memory.policy import ACTIVATIONS
+from lorajax.memory.policy import ACTIVATIONS, LayerPolicy
 from lorajax.models.decoder import Decoder, DecoderOptions
 
 
@@ -197,6 +197,20 @@ class Costs:
             "gate": product["gate_proj"] + 3 * one,
             "up": product["up_proj"] + 3 * one,
         }
+
+    @functools.cached_property
+    def of_layer(self) -> Callable[[LayerPolicy], tuple[int, int, float]]:
+        """policy -> bytes that a layer keeps on the GPU and in host memory, seconds of what it recomputes."""
+        sizes, again = self.work.activation_bytes, self.recomputed
+
+        @functools.cache
+        def of_layer(policy: LayerPolicy) -> tuple[int, int, float]:
+            kept = policy.saved | policy.offloaded
+            missing = sum(again[group] for group, members in GROUPS.items() if not kept.issuperset(members))
+            here, away = (sum(map(sizes.__getitem__, names)) for names in (policy.saved, policy.offloaded))
+            return here, away, missing
+
+        return of_layer
 
     @functools.cached_property
     def micro_batch(self) -> float:

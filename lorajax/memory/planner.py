@@ -117,9 +117,12 @@ def estimates(problem: Problem) -> list[Estimate]:
     found = [estimate for count in problem.micro_batches for estimate in _layouts(problem, count)]
     found.sort(key=lambda each: (each.seconds, each.device.total, each.host))
     front: list[Estimate] = []
+    sizes: list[tuple[int, int]] = []
     for each in found:
-        if not any(better.device.total <= each.device.total and better.host <= each.host for better in front):
+        total, host = each.device.total, each.host
+        if not any(device <= total and away <= host for device, away in sizes):
             front.append(each)
+            sizes.append((total, host))
     return front
 
 
@@ -191,18 +194,15 @@ def _spread(layer: int, count: int, layers: int) -> bool:
 def _estimate(problem: Problem, costs: Costs, layout: Layout) -> Estimate:
     work, micro_batches, policy = costs.work, problem.rows // layout.rows, layout.checkpointing
     assert isinstance(policy, Policy)
-    sizes, again = work.activation_bytes, costs.recomputed
     step = 0.0
     saved: list[int] = []
     travelling: list[int] = []
     behind_forward = behind_backward = copies = 0.0
-    for index, layer in enumerate(policy.layers):
-        offloaded = layer.offloaded if index + 1 < len(policy.layers) else frozenset()
-        names = layer.saved | (layer.offloaded - offloaded)
-        saved.append(sum(sizes[name] for name in names))
-        travelling.append(sum(sizes[name] for name in offloaded))
-        kept = names | offloaded
-        missing = sum(again[group] for group, members in GROUPS.items() if not kept.issuperset(members))
+    *others, last = policy.layers
+    for layer in (*others, LayerPolicy(last.saved | last.offloaded)):
+        here, away, missing = costs.of_layer(layer)
+        saved.append(here)
+        travelling.append(away)
         forward, backward = costs.layer_forward, costs.layer_backward + missing
         step += forward + backward
         copy = costs.copied(travelling[-1])
@@ -217,11 +217,11 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout) -> Estimate:
     step += (layout.mlp_chunks - 1) * costs.mlp_weights * len(policy.layers)
     seconds = micro_batches * (step + costs.micro_batch) + costs.update
     # Of gradients in host memory too, what they sum up to over micro-batches stays on the GPU.
-    away = sum(layer.gradient_away for layer in policy.layers) / len(policy.layers)
-    gradients = 4 * work.trainable * (1 - away) + (0 if micro_batches == 1 else 4 * work.trainable)
+    waiting = 4 * work.trainable * sum(layer.gradient_away for layer in policy.layers) / len(policy.layers)
+    gradients = 4 * work.trainable * (1 if micro_batches == 1 else 2) - waiting
     workspace = _workspace(work, policy, layout.mlp_chunks) + gradients
     device = Breakdown(*problem.fixed, _activations(saved, travelling, policy.copy_span), int(workspace))
-    host = sum(travelling) + int(4 * work.trainable * away)
+    host = sum(travelling) + int(waiting)
     return Estimate(layout, micro_batches, seconds, device, host)
 
 
