@@ -21,7 +21,7 @@ from lorajax.errors import UserError
 from lorajax.lora.adapter import add_lora
 from lorajax.lora.config import LoRAConfig
 from lorajax.models import FAMILIES
-from lorajax.models.decoder import Decoder, DecoderOptions
+from lorajax.models.decoder import Decoder, DecoderOptions, LoRAParam
 from lorajax.models.export import save_merged
 from lorajax.models.folder import read_config, resolve
 from lorajax.models.gguf import open_gguf
@@ -82,7 +82,7 @@ def check_weights(path: str | Path, model: Decoder, *, quantization: str | None 
 
     Args:
         path, quantization: as in `load`.
-        model: what `outline` gave for the path.
+        model: what `outline` gave for the path, with or without an adapter.
 
     Raises:
         UserError: as `load`, as far as the headers tell.
@@ -229,6 +229,8 @@ def _find_tensors(
     """The leaves by the names of their tensors, the tensors, and a head that the embeddings replace."""
     wanted: dict[str, tuple[LeafPath, jax.ShapeDtypeStruct]] = {}
     for leaf, abstract in _leaves(model).items():
+        if isinstance(abstract, LoRAParam):
+            continue  # of an adapter, which is not in there
         wanted[_tensor_name(model.family, *leaf)] = leaf, abstract
     tensors = dict(checkpoint.tensors)
     embed, head = (_tensor_name(model.family, module, "weight") for module in ("embed", "head"))
