@@ -12,6 +12,9 @@ The adapters' A are stacked, and u = x A^T holds the hidden activations of all o
 With dropout each adapter sees its own x, and a product for all layers becomes one for each. Masks are made
 again in the backward pass, and so are weights that are dequantised or cast: its residuals are u and the
 arguments.
+
+An MLP is two such layers, gate and up, and a third after h = silu(gate) * up. Between the two products that
+give dh and dx, its backward pass goes over [rows, F] only for what is small, and one kernel can do all of it.
 """
 
 from __future__ import annotations
@@ -32,12 +35,14 @@ from lorajax_kernels.elementwise import swiglu
 from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
 from lorajax_kernels.lora.products import should_join, sum_of_products
 from lorajax_kernels.lora.triton import (
+    MAX_MLP_RANK,
     MIN_OUT,
     triton_hidden_and_b,
     triton_hidden_and_joined,
+    triton_mlp_backward,
     triton_swiglu_backward,
 )
-from lorajax_kernels.lora.xla import scaled, xla_hidden_and_b
+from lorajax_kernels.lora.xla import MLPGradients, scaled, xla_hidden_and_b
 from lorajax_kernels.nf4 import NF4Weight
 from lorajax_kernels.precision import einsum, product
 
@@ -51,6 +56,7 @@ Outputs = Sequence[Float[Array, "rows out_i"]]
 Weights = tuple[Weight, ...]
 Adapters = tuple[Adapter | None, ...]
 Biases = tuple[Float[Array, " out_i"] | None, ...]
+OfB = tuple[list[Float[Array, "rows R_i"]], list[Float[Array, "out_i R_i"]]]
 
 
 class Kernels(NamedTuple):
@@ -60,15 +66,18 @@ class Kernels(NamedTuple):
         hidden_and_b: (dy, u, B) -> (dy B, dy^T u), see xla_hidden_and_b.
         hidden_and_joined: (x, A) -> (x A^T, [x, x A^T]), see triton_hidden_and_joined; None: one by one.
         swiglu_backward: (dh, gate, up) -> (dgate, dup, h), see triton_swiglu_backward; None: one by one.
+        mlp_backward: see xla_mlp_backward; None: one by one.
     """
 
     hidden_and_b: Callable[..., tuple[Array, Array]]
     hidden_and_joined: Callable[[Array, Array], tuple[Array, Array]] | None = None
     swiglu_backward: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None
+    mlp_backward: Callable[..., MLPGradients] | None = None
 
 
 XLA = Kernels(xla_hidden_and_b)
 TRITON = Kernels(triton_hidden_and_b, triton_hidden_and_joined, triton_swiglu_backward)
+TRITON_MLP = TRITON._replace(mlp_backward=triton_mlp_backward)
 
 
 @dataclass(frozen=True)
@@ -99,10 +108,11 @@ def _forward(options: Options, x: Rows, weights: Weights, adapters: Adapters, bi
     return tuple(ys), (u, *residuals)
 
 
-def _backward(options: Options, residuals, dys: Outputs):
+def _backward(options: Options, residuals, dys: Outputs, of_b: OfB | None = None):
+    """`of_b`: what _gradients_of_b gives, where that is known."""
     u, x, weights, adapters, biases = residuals
     dys, weights, adapters = _once_there(tuple(dys), x.dtype, weights, adapters)
-    dus, dbs = _gradients_of_b(options, dys, u, adapters)
+    dus, dbs = of_b or _gradients_of_b(options, dys, u, adapters)
     dx = _gradient_of_x(options, x, dys, dus, weights, adapters)
     dadapters = _gradients_of_adapters(x, dus, dbs, adapters)
     # Now: left alone, XLA makes dA last, and holds x until then.
@@ -129,12 +139,7 @@ def _gated_forward(
 
 
 def _gated_backward(options: Options, residuals, dy: Array):
-    gate, up, u, weight, adapter, bias = residuals
-    # gate and up too: otherwise their product is kept from the forward pass.
-    arrays, weights, adapters = _once_there((dy, gate, up), dy.dtype, (weight,), (adapter,))
-    dy, gate, up = jax.lax.optimization_barrier(arrays)
-    dus, dbs = _gradients_of_b(options, [dy], u, adapters)
-    dx = _gradient_of_x(options, gate, [dy], dus, weights, adapters)
+    dy, dx, gate, up, dus, dbs, adapters = _back_to_the_gate(options, residuals, dy)
     if options.kernels.swiglu_backward is not None:
         dgate, dup, x = options.kernels.swiglu_backward(dx, gate, up)
         [dadapter] = _gradients_of_adapters(x, dus, dbs, adapters)
@@ -144,11 +149,76 @@ def _gated_backward(options: Options, residuals, dy: Array):
         # In this order: the product is gone before the gradients of gate and up are there.
         dadapter, gate, up = jax.lax.optimization_barrier((dadapter, gate, up))
         dgate, dup = jax.vjp(swiglu, gate, up)[1](dx)
-    dbiases = _gradients_of_biases(options, [dy], (bias,))
-    return dgate, dup, None, dadapter, None if dbiases is None else dbiases[0]
+    return dgate, dup, None, dadapter, _gradient_of_bias(options, dy, residuals[-1])
 
 
 apply_gated.defvjp(_gated_forward, _gated_backward)
+
+
+def _back_to_the_gate(options: Options, residuals, dy: Array):
+    """(dy, dx, gate, up, dus, dbs, adapters) of a layer after a gate, the last three as tuples of one."""
+    gate, up, u, weight, adapter, _ = residuals
+    # gate and up too: otherwise their product is kept from the forward pass.
+    arrays, weights, adapters = _once_there((dy, gate, up), dy.dtype, (weight,), (adapter,))
+    dy, gate, up = jax.lax.optimization_barrier(arrays)
+    dus, dbs = _gradients_of_b(options, [dy], u, adapters)
+    dx = _gradient_of_x(options, gate, [dy], dus, weights, adapters)
+    return dy, dx, gate, up, dus, dbs, adapters
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def apply_mlp(options: Options, x: Rows, weights: Weights, adapters: Adapters, biases: Biases) -> Array:
+    """`apply` of gate and up, and `apply_gated` of a third layer, with one backward pass for all of them."""
+    return _mlp_forward(options, x, weights, adapters, biases)[0]
+
+
+def _mlp_forward(options: Options, x: Rows, weights: Weights, adapters: Adapters, biases: Biases):
+    (gate, up), before = _forward(options, x, weights[:2], adapters[:2], biases[:2])
+    gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+    y, after = _gated_forward(options, gate, up, weights[2], adapters[2], biases[2])
+    return y, (before, after)
+
+
+def _mlp_backward(options: Options, residuals, dy: Array):
+    before, after = residuals
+    u, *_, adapters, _ = before
+    gate, *_, adapter, bias = after
+    kernel = _kernel_between(options, (*adapters, adapter), gate.shape[1])
+    if kernel is None:
+        of_b = None
+        dgate, dup, _, dadapter, dbias = _gated_backward(options, after, dy)
+    else:
+        dy, dh, gate, up, [du], [db], [adapter] = _back_to_the_gate(options, after, dy)
+        present = _present(adapters)
+        (dgate, dup), dus, dbs, da = kernel(
+            *(dh, gate, up, u, du, [adapter.b for adapter in present]),
+            columns=_columns(present),
+            scales=[adapter.scale for adapter in present],
+        )
+        dbs = [adapter.scale * db for adapter, db in zip(present, dbs, strict=True)]
+        dadapter, dbias = _as_gradient(adapter, da, db), _gradient_of_bias(options, dy, bias)
+        # Now: left alone, XLA may hold what these are sums of until the end.
+        dgate, dup, dbs, dadapter = jax.lax.optimization_barrier((dgate, dup, dbs, dadapter))
+        of_b = dus, dbs
+    dx, _, dadapters, dbiases = _backward(options, before, (dgate, dup), of_b)
+    return dx, None, (*dadapters, dadapter), None if dbiases is None else (*dbiases, dbias)
+
+
+apply_mlp.defvjp(_mlp_forward, _mlp_backward)
+
+
+def _kernel_between(options: Options, adapters: Adapters, width: int) -> Callable[..., MLPGradients] | None:
+    """What makes all that is between the two large products of an MLP's backward pass, if it can serve."""
+    present = _present(adapters)
+    ranks = {adapter.rank for adapter in present}
+    serves = (
+        len(present) == len(adapters)
+        and not any(adapter.drops for adapter in present)
+        and len(ranks) == 1
+        and max(ranks) <= MAX_MLP_RANK
+        and width >= MIN_OUT
+    )
+    return options.kernels.mlp_backward if serves else None
 
 
 def _hidden_and_outputs(
@@ -243,6 +313,11 @@ def _gradients_of_biases(options: Options, dys: Outputs, biases: Biases) -> Bias
         return None if bias is None else jnp.sum(dy, axis=0, dtype=jnp.float32).astype(bias.dtype)
 
     return tuple(map(gradient, dys, biases)) if options.trainable_bias else None
+
+
+def _gradient_of_bias(options: Options, dy: Array, bias: Array | None) -> Array | None:
+    dbiases = _gradients_of_biases(options, [dy], (bias,))
+    return None if dbiases is None else dbiases[0]
 
 
 def _as_gradient(adapter: Adapter, da: Array, db: Array) -> Adapter:
