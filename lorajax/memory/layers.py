@@ -7,7 +7,7 @@ What a layer keeps on the GPU, keeps in host memory or makes again is its policy
 |---|---|---|---|
 | none    | every named activation   | nothing         | what has no name |
 | full    | the layer's input [B,T,D] | nothing        | the layer |
-| offload | nothing (last layer: its input) | the layer's input; gradients of the last quarter | the layer |
+| offload | nothing (last layer: its input) | the layer's input and gradient | the layer |
 
 All layers are in one custom_vjp. A layer is traced once, together with what its backward pass
 reads, into a list of equations. The forward pass evaluates what the output and the kept activations need, the
@@ -22,7 +22,8 @@ last moment. Optimization barriers tie both to the computation, one layer at a t
                          memory is free.
     backward, layer i    those of layer i - copy_span come back while layer i is computed again and
                          differentiated. They start no earlier than that, and layer i - copy_span does not
-                         start before they are there.
+                         start before they are there. Gradients that wait in host memory come back while
+                         those of the first layer are made.
 
 So what is on the GPU of offloaded activations is that of copy_span + 1 layers at most, whatever the number of
 layers, and each copy has copy_span layers to hide behind.

@@ -248,5 +248,5 @@ def _workspace(work: Workload, policy: Policy, mlp_chunks: int) -> float:
         kept = layer.saved | layer.offloaded
         gates = ("gate" not in kept) + ("up" not in kept)
         attention = 0 if "attention_output" in kept else 1
-        most = max(most, inner * (1 + gates) + hidden * (2.4 + 2.2 * attention + 1.5 * gates))
+        most = max(most, inner * (1 + gates) + hidden * (2.4 + 2.2 * attention + 0.9 * gates))
     return most

@@ -33,9 +33,6 @@ Action = Literal["save", "offload", "recompute"]
 ACTIONS: tuple[Action, ...] = ("save", "offload", "recompute")
 
 PRESETS = ("none", "full", "offload")
-# The preset `offload` also keeps gradients of the last of so many layers on the host. They are made first and
-# wait for those of the first layers. More could not come back behind the first layer of a small micro-batch.
-_WAITING = 4
 
 
 @dataclass(frozen=True)
@@ -133,14 +130,8 @@ class Policy:
                 raise ValueError(f"checkpointing={checkpointing!r} is not one of {', '.join(PRESETS)}")
             if checkpointing == "none":
                 return cls((EVERYTHING,) * num_layers)
-            if checkpointing == "full":
-                return cls((LayerPolicy.of({"block_input": "save"}),) * num_layers)
-            away = {"block_input": "offload"}
-            waiting = num_layers // _WAITING
-            return cls(
-                (LayerPolicy.of(away),) * (num_layers - waiting)
-                + (LayerPolicy.of(away | {GRADIENT: "offload"}),) * waiting
-            )
+            kept = {} if checkpointing == "full" else {"block_input": "offload", GRADIENT: "offload"}
+            return cls((LayerPolicy.of(kept),) * num_layers)
         return cls((LayerPolicy.of(checkpointing),) * num_layers)
 
     def without(self, *names: str) -> Policy:

@@ -129,14 +129,23 @@ class Linear(nnx.Module):
 
 
 def project(
-    x: Float[Array, "*rows in"], linears: Sequence[Linear], dropout_keys: Sequence[PRNGKeyArray | None]
+    x: Float[Array, "*rows in"],
+    linears: Sequence[Linear],
+    dropout_keys: Sequence[PRNGKeyArray | None],
+    norm: "RMSNorm | None" = None,
 ) -> tuple[Float[Array, "*rows _"], ...]:
-    """Linear layers that share their input, together: with adapters, weights and biases are constants."""
+    """Linear layers that share their input, together: with adapters, weights and biases are constants.
+
+    Args:
+        norm: of x, before the layers.
+    """
     adapters = [linear.adapter(key) for linear, key in zip(linears, dropout_keys, strict=True)]
     if all(adapter is None for adapter in adapters):
+        x = x if norm is None else norm(x)
         return tuple(linear.plain(x) for linear in linears)
     weights, biases = [linear.weight[...] for linear in linears], [linear.bias_array for linear in linears]
-    return lora_linears(x, weights, adapters, biases=biases)
+    first = None if norm is None else (norm.weight[...], norm.epsilon)
+    return lora_linears(x, weights, adapters, biases=biases, norm=first)
 
 
 class RMSNorm(nnx.Module):
@@ -172,10 +181,11 @@ class Attention(nnx.Module):
         self.o_proj = Linear(query, options.hidden_size, bias=options.output_bias, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rotation: Rotation, attend: Attend, keys: "DropoutKeys"
+        self, x: Float[Array, "B T D"], norm: RMSNorm, rotation: Rotation, attend: Attend, keys: "DropoutKeys"
     ) -> Float[Array, "B T D"]:
+        """Of what `norm` makes of x."""
         batch, length, _ = x.shape
-        projected = project(x, (self.q_proj, self.k_proj, self.v_proj), (keys(0), keys(1), keys(2)))
+        projected = project(x, (self.q_proj, self.k_proj, self.v_proj), (keys(0), keys(1), keys(2)), norm)
         q, k, v = (y.reshape(batch, length, -1, self.head_dim) for y in projected)
         q, k = checkpoint_name(rope(q, *rotation), "query"), checkpoint_name(rope(k, *rotation), "key")
         mixed = attend(q, k, checkpoint_name(v, "value"))
@@ -193,21 +203,26 @@ class MLP(nnx.Module):
         self.down_proj = Linear(inner, hidden, bias=bias, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], keys: "DropoutKeys", chunks: int = 1
+        self, x: Float[Array, "B T D"], norm: RMSNorm, keys: "DropoutKeys", chunks: int = 1
     ) -> Float[Array, "B T D"]:
-        """`chunks`: parts of the tokens that are taken one after the other, see lorajax.memory.chunks."""
+        """Of what `norm` makes of x.
+
+        Args:
+            chunks: parts of the tokens that are taken one after the other, see lorajax.memory.chunks.
+        """
         if chunks == 1:
-            return self._of_all(x, keys)
-        graph, state = nnx.split(self)
+            return self._of_all(x, norm, keys)
+        graph, state = nnx.split((self, norm))
 
         def of_some(arrays: Any, x: Array, number: int) -> Array:
             state, key = arrays
-            return nnx.merge(graph, state)._of_all(x, DropoutKeys(key).of_part(number))
+            mlp, norm = nnx.merge(graph, state)
+            return mlp._of_all(x, norm, DropoutKeys(key).of_part(number))
 
         return in_chunks(of_some, (state, keys.key), x, chunks=chunks)
 
-    def _of_all(self, x: Float[Array, "B T D"], keys: "DropoutKeys") -> Float[Array, "B T D"]:
-        gate, up = project(x, (self.gate_proj, self.up_proj), (keys(4), keys(5)))  # [B, T, F]
+    def _of_all(self, x: Float[Array, "B T D"], norm: RMSNorm, keys: "DropoutKeys") -> Float[Array, "B T D"]:
+        gate, up = project(x, (self.gate_proj, self.up_proj), (keys(4), keys(5)), norm)  # [B, T, F]
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         down, adapter = self.down_proj, self.down_proj.adapter(keys(6))
         if self.activation == "silu" and adapter is not None:
@@ -233,9 +248,9 @@ class Block(nnx.Module):
         mlp_chunks: int = 1,
     ) -> Float[Array, "B T D"]:
         keys = DropoutKeys(dropout_key)
-        x = x + self.attention(self.attention_norm(x), rotation, attend, keys)
+        x = x + self.attention(x, self.attention_norm, rotation, attend, keys)
         x = checkpoint_name(x, "block_middle")
-        return x + self.mlp(self.mlp_norm(x), keys, mlp_chunks)
+        return x + self.mlp(x, self.mlp_norm, keys, mlp_chunks)
 
 
 @dataclass(frozen=True)

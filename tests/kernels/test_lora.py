@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lorajax_kernels import swiglu
+from lorajax_kernels import rms_norm, swiglu
 from lorajax_kernels.device import Device, Implementation
 from lorajax_kernels.lora import (
     ARRANGEMENTS,
@@ -431,6 +431,29 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         arguments["adapters"] = [dataclasses.replace(adapters[0], **adapter), *adapters[1:]]
     with pytest.raises(ValueError, match=f"lora_linears: {message}"):
         lora_linears(**arguments)
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.4))
+def test_a_norm_before_the_layers_is_that_of_x(dropout):
+    """Values, gradients, and that what is normalised is no residual."""
+    x, norm = normal(6, IN), (1 + normal(IN, scale=0.1), 1e-5)
+    arguments = x, *layers(dropout=dropout), cotangents(x, layers()[0])
+
+    def apart(x, *others, **options):
+        return lora_linears(rms_norm(x, norm[0], epsilon=norm[1]), *others, **options)
+
+    found = outputs_and_gradients(functools.partial(lora_linears, norm=norm), *arguments)
+    assert_close(found, outputs_and_gradients(apart, *arguments), 1e-6)
+    weights, adapters, biases = layers()
+    pullback = jax.vjp(lambda x: lora_linears(x, weights, adapters, biases=biases, norm=norm), x)[1]
+    sized = [leaf for leaf in jax.tree.leaves(pullback) if getattr(leaf, "shape", None) == x.shape]
+    assert sized and all(leaf is x or np.array_equal(leaf, x) for leaf in sized)
+
+
+def test_a_norm_has_to_fit_x():
+    weights, adapters, _ = layers()
+    with pytest.raises(ValueError, match=f"norm must be of \\[in={IN}\\], got shape \\(4,\\)"):
+        lora_linears(normal(6, IN), weights, adapters, norm=(normal(4), 1e-5))
 
 
 def test_arrangements_are_those_that_are_tested():

@@ -10,9 +10,8 @@ from lorajax.memory.policy import ACTIVATIONS, EVERYTHING, LayerPolicy, Policy
 def test_presets_say_what_every_layer_keeps():
     assert Policy.of("none", 2) == Policy((EVERYTHING, EVERYTHING))
     assert Policy.of("full", 2) == Policy((LayerPolicy(saved=frozenset({"block_input"})),) * 2)
-    assert Policy.of("offload", 1) == Policy((LayerPolicy(offloaded=frozenset({"block_input"})),))
-    waiting = [layer.gradient_away for layer in Policy.of("offload", 8).layers]
-    assert waiting == [False] * 6 + [True] * 2
+    away = LayerPolicy(offloaded=frozenset({"block_input"}), gradient_away=True)
+    assert Policy.of("offload", 3) == Policy((away,) * 3)
     assert Policy.of("none", 2).keeps_everything and not Policy.of("none", 2).offloads
     assert Policy.of("offload", 1).offloads and Policy.of({"gradient": "offload"}, 1).offloads
 

@@ -102,6 +102,7 @@ def lora_linears(
     adapters: Sequence[Adapter | None],
     *,
     biases: Sequence[Float[Array, " out_i"] | None] | None = None,
+    norm: tuple[Float[Array, " in"], float] | None = None,
     trainable_bias: bool = False,
     arrangement: str = "auto",
     implementation: str = "auto",
@@ -125,6 +126,8 @@ def lora_linears(
         weights: one a layer; a float array is cast to x's dtype, an NF4Weight dequantised to it.
         adapters: one a layer, or None for a layer without.
         biases: likewise; None if no layer has one.
+        norm: (weight, epsilon): the layers see rms_norm(x, weight, epsilon=epsilon). The residual is x then,
+            and what is normalised is made again where the adapters' gradients need it.
         trainable_bias: make the biases' gradients.
         arrangement: how the adapter's product meets the frozen one. "joined": one GEMM on [x, x a^T] and
             [W, scale * b]; "added": two GEMMs; "auto": what moves less memory, in either pass.
@@ -142,7 +145,14 @@ def lora_linears(
     biases = (None,) * len(weights) if biases is None else tuple(biases)
     _check("lora_linears", x, weights, adapters, biases, arrangement)
     options = _options(x, adapters, arrangement, trainable_bias, implementation)
-    ys = gradient.apply(options, x.reshape(-1, x.shape[-1]), weights, adapters, biases)
+    flat = x.reshape(-1, x.shape[-1])
+    if norm is None:
+        ys = gradient.apply(options, flat, weights, adapters, biases)
+    else:
+        weight, epsilon = norm
+        if weight.shape != (x.shape[-1],):
+            raise ValueError(f"lora_linears: norm must be of [in={x.shape[-1]}], got shape {weight.shape}")
+        ys = gradient.apply_normed(options, epsilon, flat, weight, weights, adapters, biases)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 

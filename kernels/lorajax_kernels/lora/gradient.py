@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from lorajax_kernels.elementwise import swiglu
+from lorajax_kernels.elementwise import rms_norm, swiglu
 from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
 from lorajax_kernels.lora.products import should_join, sum_of_products
 from lorajax_kernels.lora.triton import (
@@ -121,6 +121,45 @@ def _backward(options: Options, residuals, dys: Outputs, of_b: OfB | None = None
 
 
 apply.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def apply_normed(
+    options: Options,
+    epsilon: float,
+    x: Rows,
+    norm: Array,
+    weights: Weights,
+    adapters: Adapters,
+    biases: Biases,
+) -> Outputs:
+    """`apply` to rms_norm(x, norm), with x as residual in place of what is normalised."""
+    return _forward(options, rms_norm(x, norm, epsilon=epsilon), weights, adapters, biases)[0]
+
+
+def _normed_forward(
+    options: Options,
+    epsilon: float,
+    x: Rows,
+    norm: Array,
+    weights: Weights,
+    adapters: Adapters,
+    biases: Biases,
+):
+    ys, (u, *_) = _forward(options, rms_norm(x, norm, epsilon=epsilon), weights, adapters, biases)
+    return ys, (x, norm, u, weights, adapters, biases)
+
+
+def _normed_backward(options: Options, epsilon: float, residuals, dys: Outputs):
+    x, norm, u, weights, adapters, biases = residuals
+    # x too: otherwise what is normalised is kept from the forward pass.
+    dys, x = jax.lax.optimization_barrier((tuple(dys), x))
+    normed, pullback = jax.vjp(functools.partial(rms_norm, epsilon=epsilon), x, norm)
+    dnormed, *others = _backward(options, (u, normed, weights, adapters, biases), dys)
+    return *pullback(dnormed), *others
+
+
+apply_normed.defvjp(_normed_forward, _normed_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
