@@ -130,7 +130,7 @@ def test_memory_grows_with_rows_layers_and_what_is_kept(config_of):
     found = list(compile_variants(config_of(), find_target("l4"), variants))
     whole, half, uneven, other, deeper, deepest, in_chunks = found
     assert half.temporaries < 0.7 * whole.temporaries and half.arguments == whole.arguments
-    assert in_chunks.temporaries < 0.9 * whole.temporaries
+    assert in_chunks.temporaries < whole.temporaries - 2**20  # attention needs nearly as much as a whole MLP
     assert half.temporaries < other.temporaries < whole.temporaries
     assert other.arguments > whole.arguments  # six rows, not four
     assert deeper.temporaries > 1.3 * whole.temporaries and deeper.arguments > other.arguments
