@@ -25,7 +25,7 @@ import yaml
 
 from lorajax.errors import UserError
 from lorajax.lora.config import LoRAConfig
-from lorajax.memory.policy import Policy
+from lorajax.memory.policy import MADE_IN_CHUNKS, Policy
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class MemoryConfig:
 
     checkpointing: str | dict[str, str] = "auto"
     """What layers keep for the backward pass: auto (chosen for the memory that there is), none (all
-    that has a name), full (only each layer's input), offload (those in host memory), or by the name of an
-    activation: save, offload or recompute; gradient: offload keeps adapters' gradients in host memory."""
+    that has a name), full (only each layer's input), offload (those and the gradients, in host memory), or by
+    the name of an activation: save, offload or recompute, and gradient: offload."""
     mlp_chunks: int | None = None
     """Parts of a row's tokens that an MLP takes one after the other, for very long rows; null: chosen too
     with auto, otherwise 1. With more than 1 it keeps neither gate nor up."""
@@ -375,7 +375,7 @@ def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
     if memory.mlp_chunks is not None and memory.mlp_chunks < 1:
         yield f"memory.mlp_chunks must be at least 1, not {memory.mlp_chunks}"
     if (memory.mlp_chunks or 1) > 1 and isinstance(memory.checkpointing, dict):
-        for name in ("gate", "up"):
+        for name in MADE_IN_CHUNKS:
             if memory.checkpointing.get(name, "recompute") != "recompute":
                 yield f"memory.checkpointing keeps {name}, which an MLP in memory.mlp_chunks makes again"
     if memory.checkpointing != "auto":

@@ -216,7 +216,7 @@ def _compile(request: dict[str, Any]) -> Compiled:
     config = load_config(request["config"])
     target = find_target(request["target"])
     checkpointing = _checkpointing(request["checkpointing"])
-    layout = Layout(request["rows"], checkpointing, request.get("mlp_chunks", 1))
+    layout = Layout(request["rows"], checkpointing, request["mlp_chunks"])
     if (micro_batches := request.get("micro_batches")) is not None:
         train = dataclasses.replace(
             config.train,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lorajax.memory.costs import GROUPS, Costs, Rates, Workload
-from lorajax.memory.policy import LayerPolicy, Layout, Policy
+from lorajax.memory.policy import MADE_IN_CHUNKS, LayerPolicy, Layout, Policy
 
 # Steps between none and all of the layers that are looked at.
 PARTS = 8
@@ -22,8 +22,6 @@ PARTS = 8
 OFFLOADED = ("block_input", "gate", "up", "attention_output", "query", "block_middle")
 # Into how many parts the tokens of an MLP may be cut, and the fewest that a part has.
 CHUNKS, LEAST_CHUNK = (2, 4, 8, 16), 2048
-# What an MLP in parts never keeps.
-MADE_IN_CHUNKS = ("gate", "up")
 # Bytes of logits that the head's loss makes at a time (lorajax_kernels.cross_entropy).
 LOGITS_CHUNK = 2**28
 # Share of a copy's time that a step loses even where the copy hides behind computation.

@@ -29,6 +29,9 @@ GRADIENT = "gradient"
 # These are never offloaded: with many small copies in a layer, XLA keeps the large ones on the GPU too.
 _SMALL = frozenset({"attention_lse", "lora_hidden"})
 
+# What an MLP in parts of a row never keeps.
+MADE_IN_CHUNKS = ("gate", "up")
+
 Action = Literal["save", "offload", "recompute"]
 ACTIONS: tuple[Action, ...] = ("save", "offload", "recompute")
 

@@ -177,7 +177,7 @@ class _Ready(NamedTuple):
 
     Attributes:
         program: None: there is nothing left to train.
-        plan: None where memory is not planned, or there is nothing left to train.
+        plan: None where memory is not planned.
         answered_at_once: sample prompts.
         seconds: that compiling took.
     """

@@ -134,28 +134,20 @@ def apply_normed(
     biases: Biases,
 ) -> Outputs:
     """`apply` to rms_norm(x, norm), with x as residual in place of what is normalised."""
-    return _forward(options, rms_norm(x, norm, epsilon=epsilon), weights, adapters, biases)[0]
+    return _normed_forward(options, epsilon, x, norm, weights, adapters, biases)[0]
 
 
-def _normed_forward(
-    options: Options,
-    epsilon: float,
-    x: Rows,
-    norm: Array,
-    weights: Weights,
-    adapters: Adapters,
-    biases: Biases,
-):
-    ys, (u, *_) = _forward(options, rms_norm(x, norm, epsilon=epsilon), weights, adapters, biases)
-    return ys, (x, norm, u, weights, adapters, biases)
+def _normed_forward(options: Options, epsilon: float, x: Rows, norm: Array, *layers):
+    ys, (u, *_) = _forward(options, rms_norm(x, norm, epsilon=epsilon), *layers)
+    return ys, (x, norm, u, *layers)
 
 
 def _normed_backward(options: Options, epsilon: float, residuals, dys: Outputs):
-    x, norm, u, weights, adapters, biases = residuals
+    x, norm, u, *layers = residuals
     # x too: otherwise what is normalised is kept from the forward pass.
     dys, x = jax.lax.optimization_barrier((tuple(dys), x))
     normed, pullback = jax.vjp(functools.partial(rms_norm, epsilon=epsilon), x, norm)
-    dnormed, *others = _backward(options, (u, normed, weights, adapters, biases), dys)
+    dnormed, *others = _backward(options, (u, normed, *layers), dys)
     return *pullback(dnormed), *others
 
 
