@@ -12,8 +12,7 @@ the formula as it stands, with the gradients that JAX makes of it. ", cuBLAS" ma
 with CUBLAS: products that XLA would fuse with nothing are cuBLAS' then, and it adds to sums of products as it
 goes. Otherwise XLA tunes each product for itself, and a sum is a pass of its own.
 
-"mlp" is lora_mlp, gate and up and the layer after them; "frozen" the same without adapters. Only there does
-"triton_mlp" differ from "triton": in what is between the two large products of the backward pass.
+"mlp" is gate and up and, after them, swiglu_lora_linear; "frozen" the same without adapters.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from lorajax_kernels.lora import (
     choose_lora,
     lora_implementations,
     lora_linears,
-    lora_mlp,
+    swiglu_lora_linear,
 )
 from lorajax_kernels.lora.products import sum_of_products
 from lorajax_kernels.precision import product
@@ -130,38 +129,34 @@ def as_written(x: Any, weight: Any, adapter: Adapter) -> Any:
     return product("ri,oi->ro", x, weight) + adapter.scale * v
 
 
-def mlp(layers: Callable[..., Any]) -> Callable[..., Any]:
-    """Both passes of layers(x, weights, adapters) -> y."""
+def mlp(layers: Callable[..., Any], after_gate: Callable[..., Any]) -> Callable[..., Any]:
+    """Both passes of layers(x, weights, adapters) -> (gate, up) and after_gate(gate, up, weight, adapter)."""
 
     def forward_and_backward(x: Any, weights: Any, adapters: Any, dys: Any) -> Any:
-        y, vjp = jax.vjp(lambda x, adapters: layers(x, weights, adapters), x, adapters)
+        def forward(x: Any, adapters: Any) -> Any:
+            gate, up = layers(x, weights[:2], adapters[:2])
+            return after_gate(gate, up, weights[2], adapters[2])
+
+        y, vjp = jax.vjp(forward, x, adapters)
         return y, *vjp(dys[0])
 
     return forward_and_backward
 
 
-def frozen_mlp(x: Any, weights: Any, adapters: Any) -> Any:
-    del adapters
-    gate, up = (product("ri,oi->ro", x, weight) for weight in weights[:2])
-    return product("ri,oi->ro", swiglu(gate, up), weights[2])
-
-
-def mlp_as_written(x: Any, weights: Any, adapters: Any) -> Any:
-    gate, up = map(as_written, (x, x), weights[:2], adapters[:2])
-    return as_written(swiglu(gate, up), weights[2], adapters[2])
+MLP_FROZEN = mlp(
+    lambda x, weights, adapters: [product("ri,oi->ro", x, weight) for weight in weights],
+    lambda gate, up, weight, adapter: product("ri,oi->ro", swiglu(gate, up), weight),
+)
+MLP_AS_WRITTEN = mlp(
+    lambda x, weights, adapters: [as_written(x, *pair) for pair in zip(weights, adapters, strict=True)],
+    lambda gate, up, weight, adapter: as_written(swiglu(gate, up), weight, adapter),
+)
 
 
 def served(dtype: str, rank: int) -> list[str]:
     """Names of the implementations that this device can run."""
-
-    def is_served(name: str) -> bool:
-        try:
-            choose_lora(jnp.dtype(dtype), rank, implementation=name)
-        except ValueError:
-            return False
-        return True
-
-    return list(filter(is_served, lora_implementations()))
+    chosen = choose_lora(jnp.dtype(dtype), rank)
+    return [name for name in lora_implementations() if name not in chosen.refused]
 
 
 def benchmark(ceilings: Ceilings, tiny: bool) -> list[Row]:
@@ -175,8 +170,7 @@ def benchmark(ceilings: Ceilings, tiny: bool) -> list[Row]:
 def _measure(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
     arguments = case.arrays(ceilings.half)
     functions = {"frozen": frozen, "autodiff": autodiff}
-    names = [name for name in served(ceilings.half, case.rank) if name != "triton_mlp"]
-    functions |= {name: arranged(implementation=name) for name in names}
+    functions |= {name: arranged(implementation=name) for name in served(ceilings.half, case.rank)}
     functions |= {name: arranged(arrangement=name) for name in ARRANGEMENTS if name != "auto"}
     programs = {name: _compiled(function, arguments, {}) for name, function in functions.items()}
     programs["frozen, cuBLAS"] = _compiled(frozen, arguments, CUBLAS)
@@ -190,12 +184,15 @@ def _measure_mlp(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
     x, weights, adapters, _ = case.arrays(ceilings.half)
     _, last_weight, last_adapter, dys = down.arrays(ceilings.half)
     arguments = (x, weights + last_weight, adapters + last_adapter, dys)
-    functions = {"frozen": mlp(frozen_mlp), "autodiff": mlp(mlp_as_written)}
+    functions = {"frozen": MLP_FROZEN, "autodiff": MLP_AS_WRITTEN}
     for name in served(ceilings.half, case.rank):
-        functions[name] = mlp(functools.partial(lora_mlp, implementation=name))
+        functions[name] = mlp(
+            functools.partial(lora_linears, implementation=name),
+            functools.partial(swiglu_lora_linear, implementation=name),
+        )
     programs = {name: _compiled(function, arguments, {}) for name, function in functions.items()}
     flops = case.flops + down.flops
-    return _timed("lora_mlp", case, flops, programs, arguments, ceilings, rounds, {})
+    return _timed("swiglu_lora_linear", case, flops, programs, arguments, ceilings, rounds, {})
 
 
 def _timed(

@@ -4,9 +4,8 @@
   `cached_attention` for decoding.
 - `linear_cross_entropy`: the loss of the head without its logits, `choose_cross_entropy` and
   `cross_entropy_implementations` beside it.
-- `lora_linear`, `lora_linears`: frozen layers with adapters that share their input, `swiglu_lora_linear`, the
-  one after a gate, and `lora_mlp`, all three of a gated layer; `choose_lora` and `lora_implementations`
-  beside them.
+- `lora_linear`, `lora_linears`: frozen layers with adapters that share their input, and `swiglu_lora_linear`,
+  the one after a gate; `choose_lora` and `lora_implementations` beside them.
 - `quantize_nf4`, `dequantize_nf4`, `nf4_linear`: weights of 4 bits an element.
 - `rms_norm`, `rope`, `swiglu`, `geglu`: what lies between the products.
 - `segments`: where the segments of a row start and end.
@@ -34,7 +33,6 @@ from lorajax_kernels.lora import (
     lora_implementations,
     lora_linear,
     lora_linears,
-    lora_mlp,
     swiglu_lora_linear,
 )
 from lorajax_kernels.nf4 import NF4Weight, dequantize_nf4, nf4_linear, quantize_nf4
@@ -57,7 +55,6 @@ __all__ = [
     "lora_implementations",
     "lora_linear",
     "lora_linears",
-    "lora_mlp",
     "nf4_linear",
     "quantize_nf4",
     "rms_norm",

@@ -16,9 +16,13 @@ def rms_norm(
     Args:
         epsilon: added to the mean square.
     """
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (normed.astype(x.dtype) * weight.astype(x.dtype)).astype(x.dtype)
+    normed = (x.astype(jnp.float32) * inverse_rms(x, epsilon=epsilon)).astype(x.dtype)
+    return (normed * weight.astype(x.dtype)).astype(x.dtype)
+
+
+def inverse_rms(x: Float[Array, "*rows D"], *, epsilon: float) -> Float[Array, "*rows 1"]:
+    """One over the root mean square of each row, epsilon added to the mean square, in float32."""
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + epsilon)
 
 
 def rope(

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from lorajax.memory.policy import ACTIVATIONS, LayerPolicy
 from lorajax.models.decoder import Decoder, DecoderOptions
 
+# Of a layer.
+NORMS = 2
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -136,6 +139,8 @@ class Workload:
         }
         sizes = {name: count * self.itemsize * tokens for name, count in elements.items()}
         sizes["attention_lse"] = 4 * o.num_heads * tokens
+        if self.ranks:
+            sizes["lora_hidden"] += NORMS * 4 * tokens
         assert sizes.keys() == ACTIVATIONS.keys()
         return sizes
 

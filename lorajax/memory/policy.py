@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, str] = {
     "block_middle": "[B, T, D], between attention and MLP",
     "gate": "[B, T, F]",
     "up": "[B, T, F]",
-    "lora_hidden": "[B, T, R] for each projection with an adapter, x A^T",
+    "lora_hidden": "[B, T, R] for each projection with an adapter, x A^T, and [B, T] float32 for each norm",
 }
 
 # Not an activation, but a policy names it like one: what a layer's trained weights get.

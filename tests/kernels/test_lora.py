@@ -670,8 +670,6 @@ def test_choice_follows_device_dtype_and_rank():
     assert choose_lora(jnp.float32, 32, device=hopper).name == "xla"
     assert choose_lora(jnp.bfloat16, 256, device=hopper).name == "xla"
     assert choose_lora(jnp.float16, 32, device=turing) == ("xla", {"triton": "it is old"})
-    assert lora_implementations() == ("triton", "xla", "triton_mlp")
-    named = choose_lora(jnp.bfloat16, 32, implementation="triton_mlp", device=hopper)
-    assert named == ("triton_mlp", {})
+    assert lora_implementations() == ("triton", "xla")
     with pytest.raises(ValueError, match="'triton' cannot serve: it takes ranks up to 128, not 256"):
         choose_lora(jnp.bfloat16, 256, implementation="triton", device=hopper)

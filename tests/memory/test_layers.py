@@ -39,11 +39,30 @@ def blocks():
     return [Gated(index, scaled=index == 2) for index in range(LAYERS)]
 
 
-@pytest.fixture(scope="module")
-def arrays():
+def split_arrays():
     x = jax.random.normal(jax.random.key(7), (BATCH, LENGTH, WIDTH))
     graph, trained, frozen = nnx.split(nnx.List(blocks()), nnx.Param, ...)
     return graph, trained, frozen, x
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return split_arrays()
+
+
+@pytest.fixture
+def float64():
+    """Programs that differ in what they keep round differently, and by how much depends on the CPU."""
+    with jax.enable_x64(True):
+        yield
+
+
+def assert_equal(found, expected):
+    """But for rounding in float64."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == jnp.float64
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-13 * float(jnp.abs(b).max()))
 
 
 def program(graph, checkpointing):
@@ -77,17 +96,14 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_policy_gives_the_gradients_of_a_plain_loop(name, arrays):
-    graph, *values = arrays
+def test_every_policy_gives_the_gradients_of_a_plain_loop(name, float64):
+    graph, *values = split_arrays()
     expected = jax.jit(program(graph, None))(*values)
-    found = jax.jit(program(graph, POLICIES[name]))(*values)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()))
+    assert_equal(jax.jit(program(graph, POLICIES[name]))(*values), expected)
 
 
 @pytest.mark.parametrize("frozen", [0, 2, LAYERS - 1])
-def test_a_layer_without_trained_weights_hinders_no_gradient(frozen):
+def test_a_layer_without_trained_weights_hinders_no_gradient(frozen, float64):
     class Frozen(Gated):
         def __init__(self, index):
             super().__init__(index, scaled=False)
@@ -101,25 +117,23 @@ def test_a_layer_without_trained_weights_hinders_no_gradient(frozen):
         jax.jit(program(graph, checkpointing))(trained, others, x)
         for checkpointing in (None, {"gradient": "offload", "gate": "offload"})
     )
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()))
+    assert_equal(found, expected)
     lowered = jax.jit(program(graph, {"gradient": "offload"})).trace(trained, others, x)
     copies = transfers(lowered.lower(lowering_platforms=("cuda",)).as_text())
     away = LAYERS - 1 - (frozen > 0)
     assert {where: number for (where, _), number in copies.items()} == {"pinned_host": away, "device": away}
 
 
-def test_the_loop_can_be_scanned_over(arrays):
+def test_the_loop_can_be_scanned_over(float64):
     """As accumulation does it: what a layer closes over belongs to the loop's body."""
-    graph, trained, frozen, x = arrays
+    graph, trained, frozen, x = split_arrays()
     xs = jnp.stack([x, 2 * x])
 
     def gradients(checkpointing):
         step = program(graph, checkpointing)
         return jax.jit(lambda: jax.lax.scan(lambda _, x: (None, step(trained, frozen, x)), None, xs)[1])()
 
-    for a, b in zip(*(jax.tree.leaves(gradients(name)) for name in ("offload", None)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()))
+    assert_equal(gradients("offload"), gradients(None))
 
 
 def lowered(arrays, checkpointing):
@@ -131,7 +145,7 @@ def lowered(arrays, checkpointing):
 def transfers(text):
     """(where to, shape) -> number."""
     found = re.findall(
-        r'@annotate_device_placement.*_xla_buffer_placement = "(\w+)".*-> tensor<(\w+)xf32>', text
+        r'@annotate_device_placement.*_xla_buffer_placement = "(\w+)".*-> tensor<(\w+)xf(?:32|64)>', text
     )
     return Counter(found)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
 from lorajax_kernels.lora import gradient, triton
-from lorajax_kernels.lora.operands import Adapter, Weight
+from lorajax_kernels.lora.operands import Adapter
 from lorajax_kernels.lora.products import ARRANGEMENTS
 from lorajax_kernels.lora.reference import reference_lora_linears
 from lorajax_kernels.nf4 import NF4Weight
@@ -22,7 +22,6 @@ __all__ = [
     "lora_implementations",
     "lora_linear",
     "lora_linears",
-    "lora_mlp",
     "reference_lora_linears",
     "swiglu_lora_linear",
 ]
@@ -40,13 +39,11 @@ class Problem:
 _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
     Implementation("triton", triton.why_not, gradient.TRITON, splits=False),
     Implementation("xla", anywhere, gradient.XLA),
-    # "triton", and a kernel for the backward pass of lora_mlp that has not been measured: only by its name.
-    Implementation("triton_mlp", triton.why_not, gradient.TRITON_MLP, splits=False),
 )
 
 
 def lora_implementations() -> tuple[str, ...]:
-    """Names of the implementations, in the order in which "auto" tries them: it never goes past "xla"."""
+    """Names of the implementations of lora_linears, in the order in which "auto" tries them."""
     return tuple(known.name for known in _IMPLEMENTATIONS)
 
 
@@ -114,10 +111,10 @@ def lora_linears(
     Differentiable in x and in the adapters. Weights are constants, and so are biases unless they are trained:
     their gradients are zero, and never computed.
 
-    The residuals are the arguments and the adapters' hidden activations x a^T, [rows, R], which have the name
-    "lora_hidden" for rematerialisation policies: they are small, and where they are saved, a layer whose
-    output is saved or not needed has nothing to compute again. x is the caller's to name, and to save,
-    recompute or offload.
+    The residuals are the arguments, the adapters' hidden activations x a^T, [rows, R], and with a norm the
+    inverse root mean square of each row, float32. These have the name "lora_hidden" for rematerialisation
+    policies: they are small, and where they are saved, a layer whose output is saved or not needed has
+    nothing to compute again. x is the caller's to name, and to save, recompute or offload.
 
     Products are made in x's dtype with float32 sums; float32 is multiplied at full precision.
 
@@ -126,8 +123,7 @@ def lora_linears(
         weights: one a layer; a float array is cast to x's dtype, an NF4Weight dequantised to it.
         adapters: one a layer, or None for a layer without.
         biases: likewise; None if no layer has one.
-        norm: (weight, epsilon): the layers see rms_norm(x, weight, epsilon=epsilon). The residual is x then,
-            and what is normalised is made again where the adapters' gradients need it.
+        norm: (weight, epsilon): the layers see rms_norm(x, weight, epsilon=epsilon). The residual is x then.
         trainable_bias: make the biases' gradients.
         arrangement: how the adapter's product meets the frozen one. "joined": one GEMM on [x, x a^T] and
             [W, scale * b]; "added": two GEMMs; "auto": what moves less memory, in either pass.
@@ -143,16 +139,12 @@ def lora_linears(
     """
     weights, adapters = tuple(weights), tuple(adapters)
     biases = (None,) * len(weights) if biases is None else tuple(biases)
-    _check("lora_linears", x, weights, adapters, biases, arrangement)
-    options = _options(x, adapters, arrangement, trainable_bias, implementation)
-    flat = x.reshape(-1, x.shape[-1])
-    if norm is None:
-        ys = gradient.apply(options, flat, weights, adapters, biases)
-    else:
-        weight, epsilon = norm
-        if weight.shape != (x.shape[-1],):
-            raise ValueError(f"lora_linears: norm must be of [in={x.shape[-1]}], got shape {weight.shape}")
-        ys = gradient.apply_normed(options, epsilon, flat, weight, weights, adapters, biases)
+    _check(x, weights, adapters, biases, arrangement)
+    norm_weight, epsilon = (None, 0.0) if norm is None else norm
+    if norm_weight is not None and norm_weight.shape != (x.shape[-1],):
+        raise ValueError(f"lora_linears: norm must be of [in={x.shape[-1]}], got shape {norm_weight.shape}")
+    options = _options(x, adapters, arrangement, trainable_bias, implementation, epsilon)
+    ys = gradient.apply(options, x.reshape(-1, x.shape[-1]), norm_weight, weights, adapters, biases)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
@@ -186,50 +178,11 @@ def swiglu_lora_linear(
             f"swiglu_lora_linear: up must be {gate.dtype} of shape {gate.shape} to fit gate, "
             f"got {up.dtype} of shape {up.shape}"
         )
-    _check("lora_linears", gate, (weight,), (adapter,), (bias,), arrangement)
+    _check(gate, (weight,), (adapter,), (bias,), arrangement)
     options = _options(gate, (adapter,), arrangement, trainable_bias, implementation)
     flat = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
     y = gradient.apply_gated(options, *flat, weight, adapter, bias)
     return y.reshape(*gate.shape[:-1], y.shape[-1])
-
-
-def lora_mlp(
-    x: Float[Array, "*rows in"],
-    weights: Sequence[Float[Array, "out_i in_i"] | NF4Weight],
-    adapters: Sequence[Adapter | None],
-    *,
-    biases: Sequence[Float[Array, " out_i"] | None] | None = None,
-    trainable_bias: bool = False,
-    arrangement: str = "auto",
-    implementation: str = "auto",
-) -> Float[Array, "*rows out"]:
-    """A gated feed-forward layer (Shazeer, 2020): `swiglu_lora_linear` of what `lora_linears` makes of x.
-
-        y = lora_mlp(x, [w_gate, w_up, w_down], [Adapter(a, b, scale=0.5), Adapter(...), Adapter(...)])
-
-    Residuals are those of the two, named "lora_hidden" likewise, and gate and up are named so too for
-    rematerialisation policies. In the backward pass "triton_mlp" has one kernel for all that lies between the
-    product that gives the gradient of silu(gate) * up and the one that gives that of x, where the three
-    adapters have one rank of at most 64 and no dropout, and F is at least 1024. Elsewhere it is "triton".
-
-    Args:
-        x: float32, bfloat16 or float16.
-        weights: of gate and up, [F, in], and of the layer after them, [out, F].
-        adapters, biases: of these three layers.
-        trainable_bias, arrangement, implementation: as in lora_linears.
-
-    Returns:
-        In x's dtype.
-
-    Raises:
-        ValueError: as in lora_linears.
-    """
-    weights, adapters = tuple(weights), tuple(adapters)
-    biases = (None,) * len(weights) if biases is None else tuple(biases)
-    _check_mlp(x, weights, adapters, biases, arrangement)
-    options = _options(x, adapters, arrangement, trainable_bias, implementation)
-    y = gradient.apply_mlp(options, x.reshape(-1, x.shape[-1]), weights, adapters, biases)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _options(
@@ -238,16 +191,16 @@ def _options(
     arrangement: str,
     trainable_bias: bool,
     implementation: str,
+    epsilon: float = 0.0,
 ) -> gradient.Options:
     rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
     choice = choose_lora(x.dtype, rank, implementation=implementation)
     # No rows are no programs for a kernel.
     kernels = function_of(_IMPLEMENTATIONS, choice.name) if x.size else gradient.XLA
-    return gradient.Options(arrangement, trainable_bias, kernels)
+    return gradient.Options(arrangement, trainable_bias, kernels, epsilon)
 
 
 def _check(
-    op: str,
     x: Array,
     weights: gradient.Weights,
     adapters: gradient.Adapters,
@@ -256,65 +209,36 @@ def _check(
 ) -> None:
     if x.ndim < 1 or x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         got = f"{x.dtype} of shape {x.shape}"
-        raise ValueError(f"{op}: x must be [..., in] in float32, bfloat16 or float16, got {got}")
+        raise ValueError(f"lora_linears: x must be [..., in] in float32, bfloat16 or float16, got {got}")
     for name, given in (("adapters", adapters), ("biases", biases)):
         if len(given) != len(weights):
             raise ValueError(
-                f"{op}: {name} must be one for each of the {len(weights)} weights, got {len(given)}"
+                f"lora_linears: {name} must be one for each of the {len(weights)} weights, got {len(given)}"
             )
     if arrangement not in ARRANGEMENTS:
         known = ", ".join(ARRANGEMENTS)
-        raise ValueError(f"{op}: unknown arrangement {arrangement!r}; known: {known}")
+        raise ValueError(f"lora_linears: unknown arrangement {arrangement!r}; known: {known}")
     if not weights:
-        raise ValueError(f"{op}: weights must hold at least one, got none")
-    for i, layer in enumerate(zip(weights, adapters, biases, strict=True)):
-        _check_layer(op, i, *layer, width=x.shape[-1], what="x")
-
-
-def _check_mlp(
-    x: Array,
-    weights: gradient.Weights,
-    adapters: gradient.Adapters,
-    biases: gradient.Biases,
-    arrangement: str,
-) -> None:
-    for name, given in (("weights", weights), ("adapters", adapters), ("biases", biases)):
-        if len(given) != 3:
+        raise ValueError("lora_linears: weights must hold at least one, got none")
+    width = x.shape[-1]
+    for i, (weight, adapter, bias) in enumerate(zip(weights, adapters, biases, strict=True)):
+        if len(weight.shape) != 2 or weight.shape[1] != width:
             raise ValueError(
-                f"lora_mlp: {name} must be those of gate, up and the layer after them, got {len(given)}"
+                f"lora_linears: weights[{i}] must be [out, in={width}] to fit x, got shape {weight.shape}"
             )
-    _check("lora_mlp", x, weights[:2], adapters[:2], biases[:2], arrangement)
-    gate, up = weights[:2]
-    if up.shape != gate.shape:
-        raise ValueError(f"lora_mlp: weights[1] must be {gate.shape} to fit weights[0], got {up.shape}")
-    _check_layer("lora_mlp", 2, weights[2], adapters[2], biases[2], width=gate.shape[0], what="gate and up")
+        out = weight.shape[0]
+        if adapter is not None:
+            _check_adapter(f"lora_linears: adapters[{i}]", adapter, width, out)
+        if bias is not None and bias.shape != (out,):
+            raise ValueError(
+                f"lora_linears: biases[{i}] must be [out={out}] to fit weights[{i}], got shape {bias.shape}"
+            )
 
 
-def _check_layer(
-    op: str,
-    i: int,
-    weight: Weight,
-    adapter: Adapter | None,
-    bias: Array | None,
-    *,
-    width: int,
-    what: str,
-) -> None:
-    if len(weight.shape) != 2 or weight.shape[1] != width:
-        raise ValueError(
-            f"{op}: weights[{i}] must be [out, in={width}] to fit {what}, got shape {weight.shape}"
-        )
-    out = weight.shape[0]
-    if adapter is not None:
-        _check_adapter(f"{op}: adapters[{i}]", adapter, width, out, what)
-    if bias is not None and bias.shape != (out,):
-        raise ValueError(f"{op}: biases[{i}] must be [out={out}] to fit weights[{i}], got shape {bias.shape}")
-
-
-def _check_adapter(where: str, adapter: Adapter, width: int, out: int, what: str) -> None:
+def _check_adapter(where: str, adapter: Adapter, width: int, out: int) -> None:
     a, b, dropout = adapter.a, adapter.b, adapter.dropout
     if a.ndim != 2 or a.shape[1] != width:
-        raise ValueError(f"{where}.a must be [R, in={width}] to fit {what}, got shape {a.shape}")
+        raise ValueError(f"{where}.a must be [R, in={width}] to fit x, got shape {a.shape}")
     if b.shape != (out, adapter.rank):
         raise ValueError(f"{where}.b must be [out={out}, R={adapter.rank}] to fit a, got shape {b.shape}")
     if not 0 <= dropout < 1:

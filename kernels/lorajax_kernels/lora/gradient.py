@@ -12,9 +12,6 @@ The adapters' A are stacked, and u = x A^T holds the hidden activations of all o
 With dropout each adapter sees its own x, and a product for all layers becomes one for each. Masks are made
 again in the backward pass, and so are weights that are dequantised or cast: its residuals are u and the
 arguments.
-
-An MLP is two such layers, gate and up, and a third after h = silu(gate) * up. Between the two products that
-give dh and dx, its backward pass goes over [rows, F] only for what is small, and one kernel can do all of it.
 """
 
 from __future__ import annotations
@@ -31,18 +28,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from lorajax_kernels.elementwise import rms_norm, swiglu
+from lorajax_kernels.elementwise import inverse_rms, rms_norm, swiglu
 from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
 from lorajax_kernels.lora.products import should_join, sum_of_products
 from lorajax_kernels.lora.triton import (
-    MAX_MLP_RANK,
     MIN_OUT,
     triton_hidden_and_b,
     triton_hidden_and_joined,
-    triton_mlp_backward,
     triton_swiglu_backward,
 )
-from lorajax_kernels.lora.xla import MLPGradients, scaled, xla_hidden_and_b
+from lorajax_kernels.lora.xla import scaled, xla_hidden_and_b
 from lorajax_kernels.nf4 import NF4Weight
 from lorajax_kernels.precision import einsum, product
 
@@ -51,12 +46,12 @@ from lorajax_kernels.precision import einsum, product
 COLUMNS = 8
 
 Rows = Float[Array, "rows in"]
+Inverse = Float[Array, " rows"]  # root mean square of each row, float32
 Hidden = Float[Array, "rows R"]  # R: the ranks of all adapters and what fills them up
 Outputs = Sequence[Float[Array, "rows out_i"]]
 Weights = tuple[Weight, ...]
 Adapters = tuple[Adapter | None, ...]
 Biases = tuple[Float[Array, " out_i"] | None, ...]
-OfB = tuple[list[Float[Array, "rows R_i"]], list[Float[Array, "out_i R_i"]]]
 
 
 class Kernels(NamedTuple):
@@ -66,18 +61,15 @@ class Kernels(NamedTuple):
         hidden_and_b: (dy, u, B) -> (dy B, dy^T u), see xla_hidden_and_b.
         hidden_and_joined: (x, A) -> (x A^T, [x, x A^T]), see triton_hidden_and_joined; None: one by one.
         swiglu_backward: (dh, gate, up) -> (dgate, dup, h), see triton_swiglu_backward; None: one by one.
-        mlp_backward: see xla_mlp_backward; None: one by one.
     """
 
     hidden_and_b: Callable[..., tuple[Array, Array]]
     hidden_and_joined: Callable[[Array, Array], tuple[Array, Array]] | None = None
     swiglu_backward: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None
-    mlp_backward: Callable[..., MLPGradients] | None = None
 
 
 XLA = Kernels(xla_hidden_and_b)
 TRITON = Kernels(triton_hidden_and_b, triton_hidden_and_joined, triton_swiglu_backward)
-TRITON_MLP = TRITON._replace(mlp_backward=triton_mlp_backward)
 
 
 @dataclass(frozen=True)
@@ -88,70 +80,54 @@ class Options:
         arrangement: one of ARRANGEMENTS.
         trainable_bias: whether biases have gradients.
         kernels: what makes the small products.
+        epsilon: of the norm, where there is one.
     """
 
     arrangement: str
     trainable_bias: bool
     kernels: Kernels
+    epsilon: float = 0.0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def apply(options: Options, x: Rows, weights: Weights, adapters: Adapters, biases: Biases) -> Outputs:
-    return _forward(options, x, weights, adapters, biases)[0]
+def apply(
+    options: Options, x: Rows, norm: Array | None, weights: Weights, adapters: Adapters, biases: Biases
+) -> Outputs:
+    """Of rms_norm(x, norm), with x as residual in place of what is normalised; of x without `norm`."""
+    return _forward(options, x, norm, weights, adapters, biases)[0]
 
 
-def _forward(options: Options, x: Rows, weights: Weights, adapters: Adapters, biases: Biases):
-    residuals = x, weights, adapters, biases
+def _forward(
+    options: Options, x: Rows, norm: Array | None, weights: Weights, adapters: Adapters, biases: Biases
+):
+    residuals = x, norm, weights, adapters, biases
     (x,), weights, adapters = _once_there((x,), x.dtype, weights, adapters)
+    inverse = None
+    if norm is not None:
+        inverse = checkpoint_name(inverse_rms(x, epsilon=options.epsilon)[:, 0], "lora_hidden")
+        x = rms_norm(x, norm, epsilon=options.epsilon)
     u, ys = _hidden_and_outputs(options, x, weights, adapters)
     ys = [y if bias is None else y + bias.astype(y.dtype) for y, bias in zip(ys, biases, strict=True)]
-    return tuple(ys), (u, *residuals)
+    return tuple(ys), (u, inverse, *residuals)
 
 
-def _backward(options: Options, residuals, dys: Outputs, of_b: OfB | None = None):
-    """`of_b`: what _gradients_of_b gives, where that is known."""
-    u, x, weights, adapters, biases = residuals
+def _backward(options: Options, residuals, dys: Outputs):
+    u, inverse, x, norm, weights, adapters, biases = residuals
     dys, weights, adapters = _once_there(tuple(dys), x.dtype, weights, adapters)
-    dus, dbs = of_b or _gradients_of_b(options, dys, u, adapters)
+    dus, dbs = _gradients_of_b(options, dys, u, adapters)
     dx = _gradient_of_x(options, x, dys, dus, weights, adapters)
-    dadapters = _gradients_of_adapters(x, dus, dbs, adapters)
+    if norm is None:
+        das = _gradients_of_a(x, dus, _present(adapters))
+    else:
+        das = _gradients_of_a_after_norm(x, norm, inverse, dus, _present(adapters))
+    dadapters = _gradients_of_adapters(das, dbs, adapters)
     # Now: left alone, XLA makes dA last, and holds x until then.
     dx, dadapters = jax.lax.optimization_barrier((dx, dadapters))
-    return dx, None, dadapters, _gradients_of_biases(options, dys, biases)
+    dx, dnorm = (dx, None) if norm is None else _gradients_of_norm(dx, x, norm, inverse)
+    return dx, dnorm, None, dadapters, _gradients_of_biases(options, dys, biases)
 
 
 apply.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def apply_normed(
-    options: Options,
-    epsilon: float,
-    x: Rows,
-    norm: Array,
-    weights: Weights,
-    adapters: Adapters,
-    biases: Biases,
-) -> Outputs:
-    """`apply` to rms_norm(x, norm), with x as residual in place of what is normalised."""
-    return _normed_forward(options, epsilon, x, norm, weights, adapters, biases)[0]
-
-
-def _normed_forward(options: Options, epsilon: float, x: Rows, norm: Array, *layers):
-    ys, (u, *_) = _forward(options, rms_norm(x, norm, epsilon=epsilon), *layers)
-    return ys, (x, norm, u, *layers)
-
-
-def _normed_backward(options: Options, epsilon: float, residuals, dys: Outputs):
-    x, norm, u, *layers = residuals
-    # x too: otherwise what is normalised is kept from the forward pass.
-    dys, x = jax.lax.optimization_barrier((tuple(dys), x))
-    normed, pullback = jax.vjp(functools.partial(rms_norm, epsilon=epsilon), x, norm)
-    dnormed, *others = _backward(options, (u, normed, *layers), dys)
-    return *pullback(dnormed), *others
-
-
-apply_normed.defvjp(_normed_forward, _normed_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -159,97 +135,39 @@ def apply_gated(
     options: Options, gate: Rows, up: Rows, weight: Weight, adapter: Adapter | None, bias: Array | None
 ) -> Array:
     """`apply` of one layer to x = silu(gate) * up, with gate and up as residuals in place of x."""
-    return _forward(options, swiglu(gate, up), (weight,), (adapter,), (bias,))[0][0]
+    return _gated_forward(options, gate, up, weight, adapter, bias)[0]
 
 
 def _gated_forward(
     options: Options, gate: Rows, up: Rows, weight: Weight, adapter: Adapter | None, bias: Array | None
 ):
-    (y,), (u, *_) = _forward(options, swiglu(gate, up), (weight,), (adapter,), (bias,))
+    (y,), (u, *_) = _forward(options, swiglu(gate, up), None, (weight,), (adapter,), (bias,))
     return y, (gate, up, u, weight, adapter, bias)
 
 
 def _gated_backward(options: Options, residuals, dy: Array):
-    dy, dx, gate, up, dus, dbs, adapters = _back_to_the_gate(options, residuals, dy)
-    if options.kernels.swiglu_backward is not None:
-        dgate, dup, x = options.kernels.swiglu_backward(dx, gate, up)
-        [dadapter] = _gradients_of_adapters(x, dus, dbs, adapters)
-        dadapter, dgate, dup = jax.lax.optimization_barrier((dadapter, dgate, dup))
-    else:
-        [dadapter] = _gradients_of_adapters(swiglu(gate, up), dus, dbs, adapters)
-        # In this order: the product is gone before the gradients of gate and up are there.
-        dadapter, gate, up = jax.lax.optimization_barrier((dadapter, gate, up))
-        dgate, dup = jax.vjp(swiglu, gate, up)[1](dx)
-    return dgate, dup, None, dadapter, _gradient_of_bias(options, dy, residuals[-1])
-
-
-apply_gated.defvjp(_gated_forward, _gated_backward)
-
-
-def _back_to_the_gate(options: Options, residuals, dy: Array):
-    """(dy, dx, gate, up, dus, dbs, adapters) of a layer after a gate, the last three as tuples of one."""
-    gate, up, u, weight, adapter, _ = residuals
+    gate, up, u, weight, adapter, bias = residuals
     # gate and up too: otherwise their product is kept from the forward pass.
     arrays, weights, adapters = _once_there((dy, gate, up), dy.dtype, (weight,), (adapter,))
     dy, gate, up = jax.lax.optimization_barrier(arrays)
     dus, dbs = _gradients_of_b(options, [dy], u, adapters)
     dx = _gradient_of_x(options, gate, [dy], dus, weights, adapters)
-    return dy, dx, gate, up, dus, dbs, adapters
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def apply_mlp(options: Options, x: Rows, weights: Weights, adapters: Adapters, biases: Biases) -> Array:
-    """`apply` of gate and up, and `apply_gated` of a third layer, with one backward pass for all of them."""
-    return _mlp_forward(options, x, weights, adapters, biases)[0]
-
-
-def _mlp_forward(options: Options, x: Rows, weights: Weights, adapters: Adapters, biases: Biases):
-    (gate, up), before = _forward(options, x, weights[:2], adapters[:2], biases[:2])
-    gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-    y, after = _gated_forward(options, gate, up, weights[2], adapters[2], biases[2])
-    return y, (before, after)
-
-
-def _mlp_backward(options: Options, residuals, dy: Array):
-    before, after = residuals
-    u, *_, adapters, _ = before
-    gate, *_, adapter, bias = after
-    kernel = _kernel_between(options, (*adapters, adapter), gate.shape[1])
-    if kernel is None:
-        of_b = None
-        dgate, dup, _, dadapter, dbias = _gated_backward(options, after, dy)
+    if options.kernels.swiglu_backward is not None:
+        dgate, dup, x = options.kernels.swiglu_backward(dx, gate, up)
+        das = _gradients_of_a(x, dus, _present(adapters))
+        [dadapter] = _gradients_of_adapters(das, dbs, adapters)
+        dadapter, dgate, dup = jax.lax.optimization_barrier((dadapter, dgate, dup))
     else:
-        dy, dh, gate, up, [du], [db], [adapter] = _back_to_the_gate(options, after, dy)
-        present = _present(adapters)
-        (dgate, dup), dus, dbs, da = kernel(
-            *(dh, gate, up, u, du, [adapter.b for adapter in present]),
-            columns=_columns(present),
-            scales=[adapter.scale for adapter in present],
-        )
-        dbs = [adapter.scale * db for adapter, db in zip(present, dbs, strict=True)]
-        dadapter, dbias = _as_gradient(adapter, da, db), _gradient_of_bias(options, dy, bias)
-        # Now: left alone, XLA may hold what these are sums of until the end.
-        dgate, dup, dbs, dadapter = jax.lax.optimization_barrier((dgate, dup, dbs, dadapter))
-        of_b = dus, dbs
-    dx, _, dadapters, dbiases = _backward(options, before, (dgate, dup), of_b)
-    return dx, None, (*dadapters, dadapter), None if dbiases is None else (*dbiases, dbias)
+        das = _gradients_of_a(swiglu(gate, up), dus, _present(adapters))
+        [dadapter] = _gradients_of_adapters(das, dbs, adapters)
+        # In this order: the product is gone before the gradients of gate and up are there.
+        dadapter, gate, up = jax.lax.optimization_barrier((dadapter, gate, up))
+        dgate, dup = jax.vjp(swiglu, gate, up)[1](dx)
+    dbiases = _gradients_of_biases(options, [dy], (bias,))
+    return dgate, dup, None, dadapter, None if dbiases is None else dbiases[0]
 
 
-apply_mlp.defvjp(_mlp_forward, _mlp_backward)
-
-
-def _kernel_between(options: Options, adapters: Adapters, width: int) -> Callable[..., MLPGradients] | None:
-    """What makes all that is between the two large products of an MLP's backward pass, if it can serve."""
-    present = _present(adapters)
-    ranks = {adapter.rank for adapter in present}
-    serves = (
-        len(present) == len(adapters)
-        and not any(adapter.drops for adapter in present)
-        and len(ranks) == 1
-        and max(ranks) <= MAX_MLP_RANK
-        and width >= MIN_OUT
-    )
-    return options.kernels.mlp_backward if serves else None
+apply_gated.defvjp(_gated_forward, _gated_backward)
 
 
 def _hidden_and_outputs(
@@ -304,9 +222,8 @@ def _gradients_of_b(
 
 
 def _gradients_of_adapters(
-    x: Rows, dus: Sequence[Array], dbs: Sequence[Array], adapters: Adapters
+    das: Sequence[Array], dbs: Sequence[Array], adapters: Adapters
 ) -> tuple[Adapter | None, ...]:
-    das = _gradients_of_a(x, dus, _present(adapters))
     gradients = iter(map(_as_gradient, _present(adapters), das, dbs))
     return tuple(None if adapter is None else next(gradients) for adapter in adapters)
 
@@ -319,6 +236,33 @@ def _gradients_of_a(x: Rows, dus: Sequence[Array], present: Sequence[Adapter]) -
         return []
     da = einsum("rk,ri->ki", jnp.concatenate(dus, axis=1), x)
     return [da[columns] for columns in _columns(present)]
+
+
+def _gradients_of_a_after_norm(
+    x: Rows, norm: Array, inverse: Inverse, dus: Sequence[Array], present: Sequence[Adapter]
+) -> Sequence[Array]:
+    """The same for adapters that see rms_norm(x, norm), which need not be made again.
+
+    It is x times one factor a row and one a column, and so is what a dropout leaves of it. Those of the rows
+    go to the small side of the product; in float16, where they are large enough to overflow if x is small, to
+    x after all.
+    """
+    inverse = inverse[:, None]
+    if x.dtype == jnp.float16:
+        # Otherwise it is kept from the forward pass.
+        dus, x = jax.lax.optimization_barrier((tuple(dus), x))
+        x = (x.astype(jnp.float32) * inverse).astype(x.dtype)
+    else:
+        dus = [(du.astype(jnp.float32) * inverse).astype(du.dtype) for du in dus]
+    return [norm.astype(jnp.float32) * da for da in _gradients_of_a(x, dus, present)]
+
+
+def _gradients_of_norm(dy: Rows, x: Rows, norm: Array, inverse: Inverse) -> tuple[Rows, Float[Array, " in"]]:
+    """What flows back through rms_norm(x, norm), and the gradient of norm."""
+    normed, wide = x.astype(jnp.float32) * inverse[:, None], dy.astype(jnp.float32)
+    scaled = wide * norm.astype(jnp.float32)
+    dx = inverse[:, None] * (scaled - normed * jnp.mean(scaled * normed, axis=1, keepdims=True))
+    return dx.astype(x.dtype), jnp.sum(wide * normed, axis=0).astype(norm.dtype)
 
 
 def _gradient_of_x(
@@ -344,11 +288,6 @@ def _gradients_of_biases(options: Options, dys: Outputs, biases: Biases) -> Bias
         return None if bias is None else jnp.sum(dy, axis=0, dtype=jnp.float32).astype(bias.dtype)
 
     return tuple(map(gradient, dys, biases)) if options.trainable_bias else None
-
-
-def _gradient_of_bias(options: Options, dy: Array, bias: Array | None) -> Array | None:
-    dbiases = _gradients_of_biases(options, [dy], (bias,))
-    return None if dbiases is None else dbiases[0]
 
 
 def _as_gradient(adapter: Adapter, da: Array, db: Array) -> Adapter:

@@ -8,13 +8,11 @@ there are a few dozen, so that the sum is as exact as its own rounding.
 In the forward pass x is copied, for the product with [x, u], by the kernel that makes u of it.
 
 What flows back through SwiGLU is written over what it is made of: XLA makes its three results one by one,
-each in memory of its own. One kernel makes it and both products of each adapter around it, while it is in
-registers, so that h = silu(gate) * up is never in memory.
+each in memory of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,22 +21,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lorajax_kernels.device import Device
-from lorajax_kernels.lora.xla import MLPGradients
 from lorajax_kernels.triton_call import block_for, load_kernels, triton_call
 
 if TYPE_CHECKING:
     from lorajax_kernels.lora import Problem
 
 MAX_RANK = 128
-# A program of the MLP's kernel has the sums of three adapters in registers.
-MAX_MLP_RANK = 64
 # Narrower layers have too few columns for the programs to own, and little to gain.
 MIN_OUT = 1024
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel that goes down the rows of some columns is cut up.
+    """How the kernel is cut up.
 
     Attributes:
         rows: in a block, a power of two from 16.
@@ -53,22 +48,9 @@ class Tiling:
     num_warps: int
     num_stages: int
 
-    def cut(self, rows: int, out: int, block_r: int) -> tuple[int, int, tuple[int, int]]:
-        """(columns of a strip, blocks of rows that a program takes of it, grid of strips and such pieces).
-
-        A program's sums, [columns, block_r] each, are in registers.
-        """
-        strip = min(self.columns * 32 // max(block_r, 32), block_for(out))
-        blocks, strips = -(-rows // self.rows), -(-out // strip)
-        per_program = -(-blocks // max(1, self.programs // strips))
-        return strip, per_program, (strips, -(-blocks // per_program))
-
 
 # The fastest of twelve on an H200.
 TILING = Tiling(rows=64, columns=256, programs=132, num_warps=8, num_stages=3)
-
-# Not measured on a GPU yet: the widest strips that spill no registers on Ampere and Hopper at ranks up to 32.
-MLP_TILING = Tiling(rows=16, columns=256, programs=132, num_warps=8, num_stages=3)
 
 
 @dataclass(frozen=True)
@@ -110,7 +92,11 @@ def triton_hidden_and_b(
     tiling = tiling or TILING
     (rows, out), rank = dy.shape, b.shape[1]
     block_r = block_for(rank)
-    strip, per_program, (strips, pieces) = tiling.cut(rows, out, block_r)
+    # A program's share of dB, columns * block_r, is in registers.
+    strip = min(tiling.columns * 32 // max(block_r, 32), block_for(out))
+    blocks, strips = -(-rows // tiling.rows), -(-out // strip)
+    per_program = -(-blocks // max(1, tiling.programs // strips))
+    pieces = -(-blocks // per_program)
     hidden, db = triton_call(
         triton_kernels.hidden_and_b_kernel,
         *(dy, u, b, rows),
@@ -131,11 +117,7 @@ def triton_hidden_and_b(
         BLOCK_OUT=strip,
         BLOCK_R=block_r,
     )
-    return _summed(hidden), jnp.sum(db, axis=0)
-
-
-def _summed(hidden: Float[Array, "strips rows R"]) -> Float[Array, "rows R"]:
-    return jnp.sum(hidden, axis=0, dtype=jnp.float32).astype(hidden.dtype)
+    return jnp.sum(hidden, axis=0, dtype=jnp.float32).astype(dy.dtype), jnp.sum(db, axis=0)
 
 
 def triton_hidden_and_joined(
@@ -188,51 +170,3 @@ def triton_swiglu_backward(
         BLOCK=ELEMENTS,
     )
     return dgate, dup, h
-
-
-def triton_mlp_backward(
-    dh: Float[Array, "rows F"],
-    gate: Float[Array, "rows F"],
-    up: Float[Array, "rows F"],
-    u: Float[Array, "rows all"],
-    du: Float[Array, "rows R"],
-    bs: Sequence[Float[Array, "F R"]],
-    *,
-    columns: Sequence[slice],
-    scales: Sequence[float],
-    tiling: Tiling | None = None,
-) -> MLPGradients:
-    """See xla_mlp_backward. dup takes the memory of dh, and dgate that of gate."""
-    triton_kernels = load_kernels("lorajax_kernels.lora.triton_kernels")
-    tiling = tiling or MLP_TILING
-    (rows, width), rank = dh.shape, du.shape[1]
-    block_r = block_for(rank)
-    strip, per_program, (strips, pieces) = tiling.cut(rows, width, block_r)
-    hidden = jax.ShapeDtypeStruct((strips, rows, rank), dh.dtype)
-    weight = jax.ShapeDtypeStruct((pieces, width, rank), jnp.float32)
-    large = jax.ShapeDtypeStruct(dh.shape, dh.dtype)
-    *hiddens, gate_db, up_db, da, dup, dgate = triton_call(
-        triton_kernels.mlp_backward_kernel,
-        *(dh, gate, up, u, du),
-        *bs,
-        rows,
-        out_shape=(hidden, hidden, weight, weight, weight, large, large),
-        grid=(strips, pieces),
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
-        input_output_aliases={0: 5, 1: 6},
-        kernel_for_0_3=triton_kernels.mlp_backward_kernel_for_0_3,
-        F=width,
-        RANK=rank,
-        U_WIDTH=u.shape[1],
-        GATE_START=columns[0].start,
-        UP_START=columns[1].start,
-        GATE_SCALE=scales[0],
-        UP_SCALE=scales[1],
-        BLOCKS_PER_PROGRAM=per_program,
-        BLOCK_ROWS=tiling.rows,
-        BLOCK_F=strip,
-        BLOCK_R=block_r,
-    )
-    gate_db, up_db, da = (jnp.sum(partial, axis=0) for partial in (gate_db, up_db, da))
-    return MLPGradients((dgate, dup), [*map(_summed, hiddens)], [gate_db, up_db], da.T)
