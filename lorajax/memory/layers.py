@@ -22,8 +22,9 @@ last moment. Optimization barriers tie both to the computation, one layer at a t
                          memory is free.
     backward, layer i    those of layer i - copy_span come back while layer i is computed again and
                          differentiated. They start no earlier than that, and layer i - copy_span does not
-                         start before they are there. Gradients that wait in host memory come back while
-                         those of the first layer are made.
+                         start before they are there. Nothing is left to come back while the first layer's
+                         turn lasts, so gradients that wait in host memory do, as many as there is room for
+                         in place of a layer's activations, and the others thereafter.
 
 So what is on the GPU of offloaded activations is that of copy_span + 1 layers at most, whatever the number of
 layers, and each copy has copy_span layers to hide behind.
@@ -127,13 +128,19 @@ def _with_policy(
         gradients: list[_Kept] = []
         # How far copies back have come: from this layer on they have been started.
         started = len(kept)
+        returned = 0  # layers whose gradients have been started back
         for index in reversed(range(len(kept))):
             while started > max(index - policy.copy_span, 0):
                 started -= 1
                 dy = kept[started].start_back(dy)
             if index == 0:
+                room = policy.copy_span * max(each.travelling_bytes for each in kept)
                 for away in gradients:
+                    room -= away.travelling_bytes
+                    if room < 0:
+                        break
                     dy = away.start_back(dy)
+                    returned += 1
             # The leaves too: otherwise what is made of them alone is kept from the forward pass.
             own, here, dy = jax.lax.optimization_barrier((leaves[index], kept[index].values, dy))
             gradient, dy = traces[index].backward(own, index, here, policy.layers[index], dy)
@@ -148,6 +155,13 @@ def _with_policy(
                 dy = kept[index - 1].tied_to(dy)
             if len(gradients) > policy.copy_span:
                 dy = gradients[-1 - policy.copy_span].tied_to(dy)
+        # Behind the first layer's gradient, if it has one: dy may be of no use to anyone.
+        first = gradients[-1]
+        for away in gradients[returned:-1]:
+            if first.values:
+                first.values[0] = away.start_back(first.values[0])
+            else:
+                dy = away.start_back(dy)
         found = zip(traces, leaves, reversed(gradients), strict=True)
         return [trace.as_leaves(own, each.values) for trace, own, each in found], dy
 
@@ -209,6 +223,10 @@ class _Kept:
     @property
     def travelling(self) -> list[Array]:
         return [value for value, away in zip(self.values, self.on_host, strict=True) if away]
+
+    @property
+    def travelling_bytes(self) -> int:
+        return sum(value.size * value.dtype.itemsize for value in self.travelling)
 
     def _replace(self, new: Iterable[Array], *, away: bool) -> None:
         coming = iter(new)

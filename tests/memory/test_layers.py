@@ -183,6 +183,27 @@ def test_gradients_wait_on_the_host_where_they_are_offloaded(arrays):
 
 
 @pytest.mark.parametrize(
+    "others, early",
+    [
+        ({}, 0),
+        ({"block_input": "offload"}, 0),  # 96 bytes a layer, and a gradient is 192
+        ({"gate": "offload"}, 0),  # 144
+        ({"gate": "offload", "up": "offload"}, 1),  # 288
+        ({"gate": "offload", "up": "offload", "block_input": "offload"}, 2),
+    ],
+)
+def test_gradients_come_back_behind_the_first_layer_where_there_is_room(others, early, arrays):
+    """Room is what nothing takes any more there: a layer's offloaded activations."""
+    text = lowered(arrays, {"gradient": "offload", **others})
+    joined = f"tensor<{2 * WIDTH * INNER}xf32>"
+    lines = text.splitlines()
+    last_product = max(number for number, line in enumerate(lines) if "dot_general" in line)
+    back = [number for number, line in enumerate(lines) if '_placement = "device"' in line and joined in line]
+    assert len(back) == LAYERS - 1
+    assert sum(number < last_product for number in back) == early
+
+
+@pytest.mark.parametrize(
     "checkpointing, again",
     [
         ("full", 2),  # gate and up; nothing needs the product with W_down
