@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import jax
+from lorajax_kernels import jax_cache
 
 
 def keep_on_disk(triton_lib: Any, versions: str) -> None:
@@ -44,24 +40,13 @@ def kept_on_disk(
 
     @functools.wraps(compile_kernel)
     def cached(module: Any, backend: Any, options: Any, *others: Any) -> Any:
-        folder = jax.config.values["jax_compilation_cache_dir"]
-        if not folder or "://" in folder:
-            return compile_kernel(module, backend, options, *others)
         key = "\0".join([str(module), type(backend).__name__, repr(options), repr(others), versions])
-        path = Path(folder) / "triton" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
         try:
-            return result(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            pass  # there is none, or it is damaged
+            return result(**jax_cache.load("triton", key))
+        except TypeError:
+            pass  # there is none, or it is of another release
         made = compile_kernel(module, backend, options, *others)
-        try:
-            text = json.dumps(dataclasses.asdict(made))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        except (OSError, TypeError):
-            pass  # compiled again next time
+        jax_cache.store("triton", key, dataclasses.asdict(made))
         return made
 
     return cached

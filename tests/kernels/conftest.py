@@ -131,3 +131,12 @@ _COMPILATION = ("num_warps", "num_stages", "compute_capability", "kernel_for_0_3
 
 def _unwritten(dtype: np.dtype) -> float:
     return np.nan if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).min
+
+
+@pytest.fixture
+def compilation_cache(tmp_path):
+    """A folder of its own for JAX' compilation cache."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)

@@ -295,6 +295,26 @@ def test_what_the_probe_finds_is_the_reason(monkeypatch):
     cudnn._failed_probe.cache_clear()
 
 
+def test_what_was_right_once_is_not_tried_again(monkeypatch, compilation_cache):
+    errors = iter([0.3, 1e-3])
+    monkeypatch.setattr(cudnn, "_why_not_this_jax", lambda is_grouped: None)
+    monkeypatch.setattr(cudnn, "current_device", lambda: HOPPER)
+    monkeypatch.setattr(cudnn, "_probe", lambda *kind: next(errors))
+
+    def of_a_new_process(problem=PROBLEM):
+        cudnn._failed_probe.cache_clear()
+        return cudnn.why_not(problem, HOPPER)
+
+    assert "error of 3.0e-01" in of_a_new_process()
+    assert of_a_new_process() is None
+    assert of_a_new_process() is None
+    with pytest.raises(StopIteration):
+        next(errors)
+    # Another kind is another matter.
+    assert "StopIteration" in of_a_new_process(dataclasses.replace(PROBLEM, head_dim=PROBLEM.head_dim * 2))
+    cudnn._failed_probe.cache_clear()
+
+
 def test_asking_for_it_on_a_cpu_raises():
     q = jnp.zeros((1, 8, 2, 8), jnp.bfloat16)
     with pytest.raises(ValueError, match="'cudnn' cannot serve: packed rows need compute capability 9.0"):

@@ -20,10 +20,8 @@ FOLDER = "jax_compilation_cache_dir"
 
 
 @pytest.fixture
-def library(tmp_path):
+def library(compilation_cache):
     """library(): a jax_triton.triton_lib as a new process finds it, which counts what it compiles."""
-    before = jax.config.values[FOLDER]
-    jax.config.update(FOLDER, str(tmp_path))
 
     def library(versions="triton 3.6", binary="ptx of {}"):
         compiled = []
@@ -36,8 +34,7 @@ def library(tmp_path):
         keep_on_disk(found, versions)
         return found, compiled
 
-    yield library
-    jax.config.update(FOLDER, before)
+    return library
 
 
 def kernel_of(found, module="module", name="f", target=90):

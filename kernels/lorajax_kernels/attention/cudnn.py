@@ -3,7 +3,7 @@
 JAX hands segments to cuDNN only through primitives of a private module (fused_attention_stablehlo), and all
 that is private to JAX stays in this file. `why_not` refuses a JAX whose module is not the one that this was
 written for, and compares a small problem of each kind with the dense reference, forward and gradients, before
-it trusts cuDNN with others of that kind.
+it trusts cuDNN with others of that kind. That it may, JAX' compilation cache remembers.
 
 cuDNN is told the starts and lengths of M segments a row. A row of fewer ends in segments of length 0, not in
 the -1 that JAX proposes: JAX moves those of all rows to the end of the list, and the log-sum-exp of a segment
@@ -13,17 +13,20 @@ would no longer be found at row * M + segment.
 import functools
 import inspect
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from lorajax_kernels import segments
+from lorajax_kernels import jax_cache, segments
 from lorajax_kernels.attention.problem import Problem
 from lorajax_kernels.attention.reference import reference_attention
 from lorajax_kernels.device import HOPPER, Device, current_device, is_assumed
@@ -214,7 +217,19 @@ def _why_not_this_jax(is_grouped: bool) -> str | None:
 
 @functools.cache
 def _failed_probe(head_dim: int, is_grouped: bool, has_window: bool, dtype: jnp.dtype) -> str | None:
-    """None if a small problem comes out as the dense reference says, otherwise what went wrong."""
+    """None if a small problem comes out as the dense reference says, otherwise what went wrong.
+
+    What has come out right once is not tried again by other processes, as long as nothing changes.
+    """
+    versions = (
+        jax.__version__,
+        jaxlib.__version__,
+        current_device(),
+        Path(__file__).read_text(encoding="utf-8"),
+    )
+    key = repr((*versions, os.environ.get("XLA_FLAGS"), head_dim, is_grouped, has_window, str(dtype)))
+    if jax_cache.load("cudnn", key) is not None:
+        return None
     try:
         # In a thread of its own: a program may be being traced in this one, and jax.ensure_compile_time_eval
         # makes constants of what JAX's custom_partitioning wants as operands.
@@ -225,6 +240,7 @@ def _failed_probe(head_dim: int, is_grouped: bool, has_window: bool, dtype: jnp.
         return f"it failed on a small problem: {first_line}"
     if not error <= _TOLERANCE:
         return f"it is wrong here: a relative error of {error:.1e} on a small problem, over {_TOLERANCE:.0e}"
+    jax_cache.store("cudnn", key, error)
     return None
 
 
