@@ -221,13 +221,9 @@ def _failed_probe(head_dim: int, is_grouped: bool, has_window: bool, dtype: jnp.
 
     What has come out right once is not tried again by other processes, as long as nothing changes.
     """
-    versions = (
-        jax.__version__,
-        jaxlib.__version__,
-        current_device(),
-        Path(__file__).read_text(encoding="utf-8"),
-    )
-    key = repr((*versions, os.environ.get("XLA_FLAGS"), head_dim, is_grouped, has_window, str(dtype)))
+    kind = head_dim, is_grouped, has_window, str(dtype)
+    versions = jax.__version__, jaxlib.__version__, current_device(), os.environ.get("XLA_FLAGS")
+    key = repr((kind, versions, Path(__file__).read_text(encoding="utf-8")))
     if jax_cache.load("cudnn", key) is not None:
         return None
     try:
