@@ -59,6 +59,12 @@ class Documents(Sequence[TokensAndMask]):
         end = start + self.lengths[index]
         return self.tokens[start:end], self.mask[start:end]
 
+    @property
+    def context(self) -> int:
+        """Tokens of the document that a token is in, on average over tokens; 0 without any."""
+        total = int(self.lengths.sum())
+        return round(float(np.square(self.lengths, dtype=np.float64).sum()) / total) if total else 0
+
     def select(self, which: Int[np.ndarray, " M"] | Bool[np.ndarray, " N"]) -> Documents:
         """Some of the documents, in the order given; the tokens are shared."""
         return Documents(self.tokens, self.mask, self.starts[which], self.lengths[which], self.targets[which])

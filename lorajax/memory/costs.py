@@ -86,7 +86,7 @@ class Workload:
         weights: bytes of the frozen weights.
         trainable: number of trainable parameters.
         rows, length: of a micro-batch, in tokens.
-        context: tokens of the longest document on a row; what attention costs.
+        context: tokens of the document that a token is in, on average: attention costs by them.
     """
 
     options: DecoderOptions

@@ -63,7 +63,7 @@ def problem_of(
         model: with its adapter; arrays may be shapes, see outline_of.
         rates: of the machine.
         offloads: whether activations can go to host memory.
-        context: tokens of the longest document on a row; None: a whole row.
+        context: tokens of the document that a token is in, on average; None: a whole row.
     """
     train, length = config.train, config.data.max_length
     trained = LoRAParam if train.mode == "lora" else nnx.Param

@@ -88,6 +88,11 @@ class RunShape:
     def max_segments(self) -> int:
         return max_segments(self.config)
 
+    @property
+    def context(self) -> int | None:
+        """Tokens of the document that a token is in, on average; None: not known, as many as a row has."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs(RunShape):
@@ -108,6 +113,10 @@ class Inputs(RunShape):
     tokenizer: PreTrainedTokenizerFast
     documents: DataSplits
     packing: PackingStats
+
+    @property
+    def context(self) -> int:
+        return self.documents.train.context
 
     @property
     def identity(self) -> dict[str, Any]:

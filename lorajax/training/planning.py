@@ -152,7 +152,7 @@ def planned(run: R, model: Decoder) -> tuple[Plan | None, R]:
             return None, run
         layout = Layout(config.train.per_device_train_batch_size, "none", memory.mlp_chunks or 1)
         return None, dataclasses.replace(run, planned=layout)
-    problem = problem_of(config, model, rates=machine_rates(), offloads=offloads())
+    problem = problem_of(config, model, rates=machine_rates(), offloads=offloads(), context=run.context)
     plan = make_plan(
         problem,
         config,

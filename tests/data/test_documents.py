@@ -53,6 +53,12 @@ def test_documents_are_a_sequence():
         documents[3]
 
 
+def test_the_context_is_that_of_the_average_token():
+    assert numbered(10, 30).context == (10 * 10 + 30 * 30) // 40
+    assert numbered(7, 7).context == 7
+    assert Documents.from_pairs([]).context == 0
+
+
 def test_load_counts(write_rows, data_config, tokenizer):
     rows = [chat("hello", "the fox"), chat("a", "b", "c", "d"), {"text": "hello"}]
     train, evaluation, stats, eval_stats = load(data_config(write_rows(rows)), tokenizer)

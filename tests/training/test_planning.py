@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorajax.config import OutputConfig
+from lorajax.config import OutputConfig, load_config
 from lorajax.errors import UserError
-from lorajax.memory.plan import Plan
+from lorajax.memory.costs import Rates
+from lorajax.memory.plan import Plan, outline_of
 from lorajax.memory.planner import Breakdown, Estimate
 from lorajax.memory.policy import Layout, Policy
 from lorajax.training import planning
+from lorajax.training.inputs import RunShape
 
 GIB = 2**30
 
@@ -48,6 +50,27 @@ def test_answers_that_do_not_fit_are_refused_before_training(plan, inputs, monke
         UserError, match=r"sample_prompts takes 6.00G .* \(3.00G\), the budget is 8.00G; shorten"
     ):
         planning.plan_answers(plan, inputs, None)
+
+
+@pytest.mark.parametrize("context", [None, 100])
+def test_attention_is_planned_for_the_documents_that_there_are(context, plan, llama_folder, monkeypatch):
+    """On a GPU that is imagined."""
+    monkeypatch.setattr(planning, "gpu_limit", lambda budget: GIB)
+    monkeypatch.setattr(planning, "host_limit", lambda budget: GIB)
+    monkeypatch.setattr(planning, "offloads", lambda: True)
+    monkeypatch.setattr(planning, "machine_rates", lambda: Rates(1e15, 4e12, 5e10))
+    found = []
+    monkeypatch.setattr(planning, "make_plan", lambda problem, *_, **__: found.append(problem) or plan)
+
+    class Run(RunShape):
+        pass
+
+    Run.context = context
+    given = {"model.path": llama_folder, "data.path": "d", "data.max_length": 512, "output.output_dir": "o"}
+    config = load_config(None, [f"--{key}={value}" for key, value in given.items()])
+    _, run = planning.planned(Run(config=config, mesh=None, total_steps=1), outline_of(config))
+    assert run.layout == plan.chosen.layout
+    assert [problem.workload(1).context for problem in found] == [context or 512]
 
 
 def test_the_most_of_a_plan_is_that_of_its_largest_program(plan):
