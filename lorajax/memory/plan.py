@@ -375,6 +375,7 @@ def summary(layout: Layout) -> str:
     away = {name: sum(name in layer.offloaded for layer in policy.layers) for name in names}
     total = len(policy.layers) * (len(names) - 1)
     kept = sum(share.values()) - share["block_input"]
+    away[GRADIENT] = sum(layer.gradient_away for layer in policy.layers)
     travelling = [f"{name} {number}" for name, number in away.items() if number]
     text = f"{100 * kept / total:.0f}% of named activations"
     return text + (f", offloaded: {', '.join(travelling)}" if travelling else "")

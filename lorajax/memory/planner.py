@@ -157,7 +157,10 @@ def _layouts(problem: Problem, micro_batches: int) -> Iterator[Estimate]:
 
 
 def _offloading(kept: Sequence[set[str]], counts: Sequence[int], costs: Costs) -> Iterator[Policy]:
-    """With the same activations kept: none offloaded, then more and more of them."""
+    """With the same activations kept: none offloaded, then more and more of them.
+
+    Once with the layers' gradients, where all inputs are offloaded: whoever needs that needs the memory.
+    """
     layers, sizes = len(kept), costs.work.activation_bytes
     yield Policy(tuple(LayerPolicy(saved=frozenset(names)) for names in kept))
     everywhere: list[str] = []
@@ -174,13 +177,18 @@ def _offloading(kept: Sequence[set[str]], counts: Sequence[int], costs: Costs) -
                 for layer in range(layers)
             ]
             most = max(sum(sizes[one] for one in names) for names in away)
-            yield Policy(
+            policy = Policy(
                 tuple(
                     LayerPolicy(saved=frozenset(names - gone), offloaded=frozenset(gone))
                     for names, gone in zip(kept, away, strict=True)
                 ),
                 copy_span=1 if costs.copied(most) <= costs.layer_forward else 2,
             )
+            yield policy
+            if name == "block_input" and count == layers:
+                yield replace(
+                    policy, layers=tuple(replace(each, gradient_away=True) for each in policy.layers)
+                )
         everywhere.append(name)
 
 
@@ -213,9 +221,12 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout) -> Estimate:
             behind_backward += copy - backward
     step += max(0.0, behind_forward) + max(0.0, behind_backward) + COPY_COST * copies
     step += (layout.mlp_chunks - 1) * costs.mlp_weights * len(policy.layers)
+    waiting = 4 * work.trainable * sum(layer.gradient_away for layer in policy.layers) / len(policy.layers)
+    # They come back behind the first layer, as far as there is room for them.
+    alone = max(0.0, waiting - policy.copy_span * max(travelling))
+    step += 2 * COPY_COST * costs.copied(waiting) + costs.copied(alone)
     seconds = micro_batches * (step + costs.micro_batch) + costs.update
     # Of gradients in host memory too, what they sum up to over micro-batches stays on the GPU.
-    waiting = 4 * work.trainable * sum(layer.gradient_away for layer in policy.layers) / len(policy.layers)
     gradients = 4 * work.trainable * (1 if micro_batches == 1 else 2) - waiting
     workspace = _workspace(work, policy, layout.mlp_chunks) + gradients
     device = Breakdown(*problem.fixed, _activations(saved, travelling, policy.copy_span), int(workspace))
