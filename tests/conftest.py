@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from lorajax.config import DataConfig
 # a CPU, and on a GPU into timing the ways to multiply.
 _HAS_GPU = shutil.which("nvidia-smi") is not None
 _QUICK = "--xla_gpu_autotune_level=0" if _HAS_GPU else "--xla_backend_optimization_level=0"
+if not _HAS_GPU and tuple(map(int, version("jaxlib").split(".")[:2])) < (
+    0,
+    11,
+):  # a later XLA knows no such flag, and stops at it
+    _QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _QUICK)
 if not _HAS_GPU:
     # JAX' CUDA plugin, which tests compile with, complains in every process of the libraries it lacks.

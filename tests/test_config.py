@@ -274,6 +274,7 @@ TEXT = st.one_of(
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(TEXT, max_size=3), st.dictionaries(TEXT, TEXT, max_size=2), POSITIVE, st.integers(0, 2**32 - 1)

@@ -313,6 +313,7 @@ def test_the_tokenizer_of_another_model(make_model, tokenizer):
         generate(make_model(vocab_size=300), tokenizer, ["The quick brown fox"])
 
 
+@pytest.mark.slow
 def test_what_answering_takes_grows_with_the_prompts_and_answers(make_model, make_tokenizer):
     model, tokenizer = make_model(), make_tokenizer()
     options = model.options

@@ -1,10 +1,12 @@
-"""The notebooks are valid, hold no outputs, and run from top to bottom (with fewer steps)."""
+"""The notebooks are valid, hold no outputs, and run from top to bottom (with fewer steps and rows)."""
 
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
+
+import lorajax
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -30,7 +32,9 @@ def test_quickstart_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
     (settings,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    settings.source += "\nmax_steps, max_new_tokens = 4, 16\n"
+    rows = (Path(lorajax.__file__).parent / "assets" / "quickstart.jsonl").read_text().splitlines(True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows[:100]))
+    settings.source += "\nmax_steps, max_new_tokens, data_path = 4, 16, 'rows.jsonl'\n"
     nbclient.NotebookClient(
         notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()

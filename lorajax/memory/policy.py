@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 # The activations of a layer that may be saved, recomputed or offloaded, in the order in which they are made.
 # D: hidden size, N and K: query and key heads, H: their size, F: intermediate size, R: LoRA rank. What has no
 # name (normalised inputs, the product of gate and up) is an elementwise pass away from what has one, and is
-# always made again.
+# made again where it is needed.
 ACTIVATIONS: dict[str, str] = {
     "block_input": "[B, T, D], what the layer reads; saved or offloaded, never recomputed",
     "query": "[B, T, N, H], rotated, as attention reads it",

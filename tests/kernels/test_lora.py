@@ -450,6 +450,22 @@ def test_a_norm_before_the_layers_is_that_of_x(dropout):
     assert sized and all(leaf is x or np.array_equal(leaf, x) for leaf in sized)
 
 
+def test_what_flows_back_through_a_norm_of_small_halves_does_not_overflow():
+    """The inverse of their root mean square is large, and so is the gradient of x A^T."""
+    x, norm = normal(40, IN, scale=1e-3), (1 + normal(IN, scale=0.1), 1e-6)
+    weights, adapters, _ = layers()
+
+    def gradient_of_a(dtype, scale):
+        def loss(a):
+            adapter = dataclasses.replace(adapters[0], a=a, scale=1.0)
+            [y] = lora_linears(x.astype(dtype), weights[:1], [adapter], norm=norm)
+            return jnp.sum(scale * y.astype(jnp.float32))
+
+        return {"a": jax.grad(loss)(adapters[0].a) / scale}
+
+    assert_close(gradient_of_a(jnp.float16, 500.0), gradient_of_a(jnp.float32, 1.0), 2e-2)
+
+
 def test_a_norm_has_to_fit_x():
     weights, adapters, _ = layers()
     with pytest.raises(ValueError, match=f"norm must be of \\[in={IN}\\], got shape \\(4,\\)"):

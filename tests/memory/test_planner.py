@@ -13,6 +13,8 @@ from lorajax.memory.plan import Plan, choose_again, describe, refusal, settle, t
 from lorajax.memory.planner import LEAST_CHUNK, estimate, estimates, micro_batch_counts
 from lorajax.memory.policy import ACTIVATIONS, LayerPolicy, Layout, Policy
 
+pytestmark = pytest.mark.slow  # and plain arithmetic, whatever JAX there is
+
 GIB = 2**30
 NAMED = {name: "save" for name in ACTIVATIONS}
 AWAY = {"block_input": "offload", "gradient": "offload"}

@@ -203,6 +203,7 @@ def test_a_download_takes_no_pickles(weights, tmp_path, monkeypatch):
     assert (tmp_path / "kept").read_text() == f"owner/name {' '.join(expected)}"
 
 
+@pytest.mark.slow
 def test_the_host_holds_the_model_once(write_llama, tmp_path, loading_memory):
     """float32 on disk, bfloat16 in memory: neither the file nor a float32 copy is ever held as a whole."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 128}

@@ -204,6 +204,7 @@ def test_divisors_that_no_config_can_state(write_llama, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_the_host_holds_the_model_once(write_llama, tmp_path, loading_memory):
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 128}
     file = write_gguf(write_llama(tmp_path, **sizes))

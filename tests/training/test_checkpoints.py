@@ -259,6 +259,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_all_that_differs(quick_conf
     assert fit(quick_config(train=resume | {"max_steps": 5})).steps == 5
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(quick_config, write_llama, make_tokenizer, tmp_path):
     fit(quick_config(train={"max_steps": 1}))
     folder = write_llama(tmp_path / "wider", num_hidden_layers=1, intermediate_size=64)

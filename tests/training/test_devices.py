@@ -97,6 +97,7 @@ def on_two_devices(*arguments, cache) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_one_device(write_llama, tmp_path):
     folder = write_llama(tmp_path / "llama", num_hidden_layers=1, tie_word_embeddings=True)
     found = json.loads(on_two_devices(__file__, folder, cache=tmp_path / "xla"))

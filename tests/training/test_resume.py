@@ -106,9 +106,8 @@ def run(quick_config) -> Callable[[str], Config]:
     return make
 
 
-@pytest.mark.parametrize(
-    "kind", ["lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in RUNS if kind != "lora")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
 def test_a_run_that_was_stopped_goes_on_exactly(
     kind, run, exact_metrics, stop_in_step, monkeypatch, tmp_path, capsys
 ):
@@ -374,9 +373,9 @@ def unfinished(folder: Path) -> bool:
 
 
 KILLS = [
-    *["as a checkpoint begins"] * 4,
-    *["in a checkpoint"] * 3,
-    *["in a step"] * 3,
+    *["as a checkpoint begins"] * 3,
+    *["in a checkpoint"] * 2,
+    *["in a step"] * 1,
     *["in the start"] * 1,
 ]
 
@@ -414,7 +413,7 @@ def test_a_run_killed_at_any_moment_goes_on_exactly(trainer, assert_as_alone, tm
         assert trainer.status() == -signal.SIGKILL
         in_checkpoint += "checkpoint" in kind and unfinished(folder)
         print(f"killed {kind}; checkpoints {steps(folder / 'checkpoints')}, unfinished: {unfinished(folder)}")
-    assert in_checkpoint >= 3
+    assert in_checkpoint >= 2
     assert_as_alone(folder)
 
 

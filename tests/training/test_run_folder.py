@@ -241,18 +241,17 @@ def spoil_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     return arm
 
 
-@pytest.mark.parametrize("save_steps", [1, 3])
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(
-    save_steps, quick_config, exact_metrics, spoil_step, monkeypatch, tmp_path
+    quick_config, exact_metrics, spoil_step, monkeypatch, tmp_path
 ):
-    config = quick_config(train={"max_steps": 8}, output={"save_steps": save_steps})
+    config = quick_config(train={"max_steps": 8}, output={"save_steps": 3})
     spoil_step(5)
     with pytest.raises(UserError) as error:
         fit(config)
-    last = {1: 4, 3: 3}[save_steps]
-    kept = tmp_path / "run" / "checkpoints" / str(last)
+    kept = tmp_path / "run" / "checkpoints" / "3"
     assert str(error.value) == f"step 5: the loss is nan; the last good checkpoint is {kept}"
-    assert steps(kept.parent)[-1] == last
+    assert steps(kept.parent)[-1] == 3
     assert [row["step"] for row in exact_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
     spoil_step(None)

@@ -171,7 +171,12 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(mode, gradient, dens
 
 
 @pytest.mark.parametrize(
-    "mode, micro_batches, dropout_seed", [("lora", 1, None), ("full", 1, None), ("few", 2, 5)]
+    "mode, micro_batches, dropout_seed",
+    [
+        ("lora", 1, None),
+        pytest.param("full", 1, None, marks=pytest.mark.slow),
+        pytest.param("few", 2, 5, marks=pytest.mark.slow),
+    ],
 )
 def test_recomputed_and_offloaded_equal_saved(mode, micro_batches, dropout_seed, gradient):
     batch = cut(make_batch(), micro_batches)
@@ -191,6 +196,7 @@ def test_an_mlp_in_chunks_has_the_gradient_of_all_tokens(mode, checkpointing, gr
     assert difference(other, whole) <= 1e-6
 
 
+@pytest.mark.slow
 def test_dropout_in_chunks_has_masks_of_its_own(gradient):
     """Each chunk another: as few as these tokens could not be told from a mask for all of them otherwise."""
     batch = cut(make_batch(), 2)
@@ -365,6 +371,7 @@ def test_half_precision_learns(dtype, half_run, gradient):
     assert int(state.updates) == 30
 
 
+@pytest.mark.slow
 def test_an_overflow_skips_the_update_and_halves_the_scale(half_run):
     step, state, batch = half_run("float16")
     state, _ = step(state, batch)
