@@ -234,6 +234,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_new_weights_compile_nothing(make_model, ids_tokenizer, compilations):
     model = make_model(adapter=True)
     before = answers_of(model, ids_tokenizer, PROMPTS)

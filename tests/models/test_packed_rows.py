@@ -95,6 +95,7 @@ def test_packed_equals_separate(implementation, run, difference):
         assert difference(gradient, expected_gradients[path]) <= 1e-5, path
 
 
+@pytest.mark.slow
 @IMPLEMENTATIONS
 def test_packed_bfloat16_is_near_separate_float32(implementation, run):
     """In norm: bfloat16 has 8 bits, and single elements near zero lose more of them than 1e-2."""

@@ -399,6 +399,7 @@ def test_the_scale_doubles_after_200_good_steps(half_run):
     assert (state.loss_scale.scale, state.loss_scale.good_steps) == (128, 0)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing(half_run):
     step, state, batch = half_run("bfloat16")
     state, _ = step(state, batch)
