@@ -85,12 +85,9 @@ def test_all_run_in_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_losses_of_each_attention_implementation(write_rows, tmp_path):
+def test_losses_of_each_attention_implementation(tmp_path):
     out = tmp_path / "losses.json"
     small = {
-        "data.path": write_rows(
-            [{"text": f"row {number} of twelve, as short as it is"} for number in range(12)]
-        ),
         "model.dtype": "bfloat16",
         "data.max_length": 128,
         "data.eval_fraction": 0,

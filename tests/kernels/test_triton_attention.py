@@ -100,9 +100,9 @@ def test_equals_reference(interpreter, heads, kv_heads, head_dim, blocks, option
 
 @pytest.mark.parametrize(("parts", "blocks"), ((2, WIDE), (2, TALL), (4, EVEN)))
 def test_query_heads_shared_out_over_programs(interpreter, parts, blocks):
-    arrays = [x[:1] for x in qkv(8, 2, head_dim=24)]
-    found = forward_and_gradients(fused(blocks, parts=parts, window=20), *arrays, SEGMENT_IDS[:1])
-    assert_close(found, forward_and_gradients(dense(window=20), *arrays, SEGMENT_IDS[:1]), 1e-5)
+    arrays = qkv(8, 2, head_dim=24)
+    found = forward_and_gradients(fused(blocks, parts=parts, window=20), *arrays, SEGMENT_IDS)
+    assert_close(found, forward_and_gradients(dense(window=20), *arrays, SEGMENT_IDS), 1e-5)
 
 
 @pytest.mark.parametrize("segment_ids", (np.ones(72, np.int32), np.arange(72)), ids=("one", "one-token"))

@@ -242,16 +242,18 @@ def spoil_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("save_steps", [1, 3])
 def test_a_loss_that_is_no_number_stops_the_run(
-    quick_config, exact_metrics, spoil_step, monkeypatch, tmp_path
+    save_steps, quick_config, exact_metrics, spoil_step, monkeypatch, tmp_path
 ):
-    config = quick_config(train={"max_steps": 8}, output={"save_steps": 3})
+    config = quick_config(train={"max_steps": 8}, output={"save_steps": save_steps})
     spoil_step(5)
     with pytest.raises(UserError) as error:
         fit(config)
-    kept = tmp_path / "run" / "checkpoints" / "3"
+    last = {1: 4, 3: 3}[save_steps]
+    kept = tmp_path / "run" / "checkpoints" / str(last)
     assert str(error.value) == f"step 5: the loss is nan; the last good checkpoint is {kept}"
-    assert steps(kept.parent)[-1] == 3
+    assert steps(kept.parent)[-1] == last
     assert [row["step"] for row in exact_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
     spoil_step(None)
