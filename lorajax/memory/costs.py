@@ -139,7 +139,7 @@ class Workload:
         }
         sizes = {name: count * self.itemsize * tokens for name, count in elements.items()}
         sizes["attention_lse"] = 4 * o.num_heads * tokens
-        if self.ranks:
+        if any(self.ranks.values()):
             sizes["lora_hidden"] += NORMS * 4 * tokens
         assert sizes.keys() == ACTIVATIONS.keys()
         return sizes

@@ -128,23 +128,20 @@ def _with_policy(
         gradients: list[_Kept] = []
         # How far copies back have come: from this layer on they have been started.
         started = len(kept)
-        returned = 0  # layers whose gradients have been started back
         for index in reversed(range(len(kept))):
             while started > max(index - policy.copy_span, 0):
                 started -= 1
                 dy = kept[started].start_back(dy)
             if index == 0:
                 room = policy.copy_span * max(each.travelling_bytes for each in kept)
-                for away in gradients:
-                    room -= away.travelling_bytes
-                    if room < 0:
-                        break
+                sizes = itertools.accumulate(each.travelling_bytes for each in gradients)
+                returned = sum(size <= room for size in sizes)
+                for away in gradients[:returned]:
                     dy = away.start_back(dy)
-                    returned += 1
             # The leaves too: otherwise what is made of them alone is kept from the forward pass.
             own, here, dy = jax.lax.optimization_barrier((leaves[index], kept[index].values, dy))
             gradient, dy = traces[index].backward(own, index, here, policy.layers[index], dy)
-            # That of the first layer stays: the others come back while it is made.
+            # That of the first layer stays: it is the last that is made.
             waits = policy.layers[index].gradient_away and index > 0
             if joins(gradient):
                 gradient = [joined(gradient)]

@@ -444,6 +444,17 @@ def test_a_norm_before_the_layers_is_that_of_x(dropout):
 
     found = outputs_and_gradients(functools.partial(lora_linears, norm=norm), *arguments)
     assert_close(found, outputs_and_gradients(apart, *arguments), 1e-6)
+
+    def gradient_of_norm(run):
+        def loss(weight):
+            return sum(jnp.sum(jnp.sin(y)) for y in run(weight))
+
+        return {"norm": jax.grad(loss)(norm[0])}
+
+    some = layers(dropout=dropout)[:2]
+    together = gradient_of_norm(lambda weight: lora_linears(x, *some, norm=(weight, norm[1])))
+    separate = gradient_of_norm(lambda weight: lora_linears(rms_norm(x, weight, epsilon=norm[1]), *some))
+    assert_close(together, separate, 1e-6)
     weights, adapters, biases = layers()
     pullback = jax.vjp(lambda x: lora_linears(x, weights, adapters, biases=biases, norm=norm), x)[1]
     sized = [leaf for leaf in jax.tree.leaves(pullback) if getattr(leaf, "shape", None) == x.shape]

@@ -21,7 +21,7 @@ AWAY = {"block_input": "offload", "gradient": "offload"}
 GATES = {"gate": "save", "up": "save", "lora_hidden": "save"}
 
 # (model, rows, length, micro-batches, kept, ms of a step, GiB of temporaries): benchmarks/train_step.py on an
-# H200 (jax 0.11.2), the runs that the costs were drawn from.
+# H200 (jax 0.11.2), some of them the runs that the costs were drawn from.
 MEASURED = [
     ("1b", 8, 2048, 1, NAMED, 178.7, 13.14),
     ("1b", 8, 2048, 1, NAMED | {"block_input": "offload"}, 184.6, 12.21),
