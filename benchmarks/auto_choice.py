@@ -23,7 +23,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from environment import environment
+from environment import environment, known_rows
 from train_step import PACKAGES, cache_folder, compile_side_by_side, measure_together
 
 _ATTENTION = ("query", "key", "value", "attention_output", "attention_lse", "block_middle", "lora_hidden")
@@ -113,16 +113,6 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in ("case", "batch", "micro_batches", "ms", "planned_gib", "host_gib")}
 
 
-def known_rows(path: Path, commit: str | None) -> Rows:
-    """Those of an earlier result of the same commit; what failed is tried again."""
-    if not path.exists():
-        return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if commit is None or record["commit"] != commit:
-        raise SystemExit(f"{path} is of commit {record['commit']}, this is {commit}: give another --out")
-    return {row["case"]: row for row in record["rows"] if "error" not in row}
-
-
 def one_device(rows: Rows) -> str | None:
     """The GPU that all were measured on."""
     devices = {row["device"] for row in rows.values() if "device" in row}
@@ -159,7 +149,7 @@ def main() -> None:
     if missing := [model for model in arguments.models if not arguments.budgets and model not in BUDGETS]:
         parser.error(f"--budgets for {', '.join(missing)}")
     about, out = environment(*PACKAGES, commit=arguments.commit), Path(arguments.out)
-    rows = known_rows(out, about["commit"]) if arguments.resume else {}
+    rows = {row["case"]: row for row in known_rows(out, about)} if arguments.resume else {}
     with cache_folder(arguments.cache) as cache:
         for model in arguments.models:
             budgets = arguments.budgets or BUDGETS[model]

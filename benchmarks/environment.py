@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
@@ -25,6 +26,28 @@ def environment(*packages: str, commit: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
     }
+
+
+# What the rows of one result have in common.
+_SAME = ("commit", "device", "seed")
+
+
+def known_rows(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier result, if there is one, but for those with an "error".
+
+    Args:
+        about: the head of the result that is made now.
+
+    Raises:
+        SystemExit: the earlier one is of another commit, device or seed, as far as `about` names them.
+    """
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for name in _SAME:
+        if name in about and (about[name] is None or record[name] != about[name]):
+            raise SystemExit(f"{path}: its {name} is {record[name]}, not {about[name]}: give another --out")
+    return [row for row in record["rows"] if "error" not in row]
 
 
 def shown_settings(config: Any) -> dict[str, Any]:

@@ -13,8 +13,8 @@ evaluation, answers to prompts before and after, and a checkpoint half-way. What
     failed    anything else, above all an out-of-memory error
 
 The goal is that none fails, and that half of them run at least. A draw follows from its seed and number, and
-can be repeated with --here NUMBER; the result is written after each. --jobs runs several side by side on one
-GPU: a budget is at most LARGEST.
+can be repeated with --here NUMBER; the result is written after each, and --resume goes on from it, where it
+is of the same commit, GPU and seed. --jobs runs several side by side on one GPU: a budget is at most LARGEST.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from environment import environment
+from environment import environment, known_rows
 from processes import last_json
 from train_step import machine_at_hand
 
@@ -350,9 +350,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="draws at a time")
     parser.add_argument("--cpu", action="store_true", help="tiny models on the CPU, without a budget")
     parser.add_argument("--out", help="JSON file for the result")
+    parser.add_argument("--resume", action="store_true", help="go on from what --out holds")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--here", type=int, metavar="NUMBER", help="one draw, in this process")
     arguments = parser.parse_args()
+    if arguments.resume and not arguments.out:
+        parser.error("--resume needs --out")
     seed, tiny = arguments.seed, arguments.cpu
     if tiny:
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -378,9 +381,11 @@ def main() -> None:
         "goal": f"none failed, and at least {RUNS_AT_LEAST:.0%} ran",
         "unit": "bytes; planned and peak: of the whole run",
     }
-    rows: list[dict[str, Any]] = []
+    known = known_rows(Path(arguments.out), about) if arguments.resume else []
+    rows = [row for row in known if row["draw"] < draws]
+    missing = sorted(set(range(draws)) - {row["draw"] for row in rows})
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for done in as_completed(pool.submit(outcome, seed, number, tiny) for number in range(draws)):
+        for done in as_completed(pool.submit(outcome, seed, number, tiny) for number in missing):
             rows.append(done.result())
             if arguments.out:
                 record = about | summary(rows, draws) | {"rows": rows}

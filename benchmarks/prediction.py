@@ -19,7 +19,8 @@ the one at hand. On a CPU, whose peak is that of the whole process, nothing is c
     python benchmarks/prediction.py --elsewhere elsewhere.json --jobs 6 --out result.json
 
 make the predictions that need no GPU where there is none, and spare the GPU's machine them; those of auto,
-whose layout is chosen there, are made there.
+whose layout is chosen there, are made there. The result is written after each case; --resume goes on from it,
+where it is of the same commit and GPU.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ import argparse
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from environment import environment
+from environment import environment, known_rows
 from processes import last_json
 from train_step import Case as StepCase
 from train_step import config_of, hf_config, machine_at_hand, model_folder, random_batch
@@ -193,10 +194,10 @@ def predict_elsewhere(case: Case, target: str, measured: Future[dict[str, Any]])
     return {"elsewhere_error": found.error} if hasattr(found, "error") else {"elsewhere": found.total}
 
 
-def all_rows(
+def rows_of(
     cases: Sequence[str], jobs: int, target: str | None, known: dict[str, Any], compares: bool
-) -> list[dict[str, Any]]:
-    """The rows of all cases, so many at a time on the GPU, and as many compiled beside it.
+) -> Iterator[dict[str, Any]]:
+    """The rows of the cases in their order, so many at a time on the GPU, and as many compiled beside it.
 
     Args:
         known: case -> what predict_elsewhere gave for it.
@@ -209,14 +210,12 @@ def all_rows(
             else None
             for case, row in zip(cases, measured, strict=True)
         ]
-        rows = []
         for case, here, there in zip(cases, measured, elsewhere, strict=True):
             row = {"case": case, **here.result(), **(there.result() if there else known.get(case, {}))}
             if compares and "peak" in row:
                 row |= {f"{name}_off": off(row, name) for name in PREDICTIONS if name in row}
-            rows.append(row)
             print(json.dumps({name: value for name, value in row.items() if name != "kept"}), flush=True)
-    return rows
+            yield row
 
 
 def only_elsewhere(cases: Sequence[str], jobs: int, target: str) -> dict[str, Any]:
@@ -241,8 +240,8 @@ def off(row: dict[str, Any], name: str) -> float:
     return round(row[name] / row["peak"] - 1, 5)
 
 
-def summary(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
-    """The worst of a prediction, and whether it is as good as it should be in every case."""
+def summary(rows: Sequence[dict[str, Any]], name: str, cases: int) -> dict[str, Any]:
+    """The worst of a prediction, and whether it is as good as it should be in every one of so many cases."""
     found = [row[f"{name}_off"] for row in rows if f"{name}_off" in row]
     if not found:
         return {"cases": 0, "most_under": None, "most_over": None, "holds": None}
@@ -251,7 +250,7 @@ def summary(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
         "cases": len(found),
         "most_under": min(0.0, *found),
         "most_over": max(0.0, *found),
-        "holds": good and len(found) == len(rows),
+        "holds": good and len(found) == cases,
     }
 
 
@@ -289,11 +288,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--target", help="GPU to compile for elsewhere, such as h200; default: that at hand")
     parser.add_argument("--out", help="JSON file for the result")
+    parser.add_argument("--resume", action="store_true", help="go on from what --out holds")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--here", action="store_true", help="the first case alone, in this process")
     parser.add_argument("--only-elsewhere", action="store_true", help="what needs no GPU, for --target")
     parser.add_argument("--elsewhere", metavar="FILE", help="that --only-elsewhere has written")
     arguments = parser.parse_args()
+    if arguments.resume and not arguments.out:
+        parser.error("--resume needs --out")
     if arguments.here:
         print(json.dumps(measure(Case.of(arguments.cases[0]))))
         return
@@ -316,11 +318,10 @@ def main() -> None:
     if arguments.jobs > 1:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", f"{SHARED / arguments.jobs:.4f}")
     target = arguments.target or find_name(device)
-    known = {}
+    elsewhere = {}
     if arguments.elsewhere:
-        known = known_elsewhere(arguments.elsewhere, about["commit"], target)
-    rows = all_rows(arguments.cases, arguments.jobs, target, known, compares)
-    record = {
+        elsewhere = known_elsewhere(arguments.elsewhere, about["commit"], target)
+    head = {
         "benchmark": "prediction",
         **about,
         "device": device,
@@ -328,15 +329,23 @@ def main() -> None:
         "goal": f"at most {MOST_UNDER:.0%} under the peak, at most {MOST_OVER:.0%} over it",
         "unit": "bytes; ..._off: share of the peak",
         **({} if compares else {"note": "no GPU: the peak is the process', and nothing is compared with it"}),
-        "failed": sum("error" in row or "elsewhere_error" in row for row in rows),
-        **{name: summary(rows, name) for name in PREDICTIONS},
-        "rows": rows,
     }
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    cases = list(arguments.cases)
+    known = known_rows(Path(arguments.out), head) if arguments.resume else []
+    rows = [row for row in known if row["case"] in cases]
+    missing = [case for case in cases if case not in {row["case"] for row in rows}]
+    for row in rows_of(missing, arguments.jobs, target, elsewhere, compares):
+        rows.append(row)
+        record = head | {
+            "failed": sum("error" in row or "elsewhere_error" in row for row in rows),
+            **{name: summary(rows, name, len(cases)) for name in PREDICTIONS},
+            "rows": rows,
+        }
+        if arguments.out:
+            Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(table(rows))
     for name in PREDICTIONS:
-        print(f"{name}: {json.dumps(record[name])}")
+        print(f"{name}: {json.dumps(summary(rows, name, len(cases)))}")
 
 
 if __name__ == "__main__":
