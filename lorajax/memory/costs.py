@@ -27,7 +27,8 @@ class Rates:
     Attributes:
         flops: operations of a large product in 16 bits.
         memory: bytes of a copy within the GPU's memory, read and written together.
-        link: bytes between GPU and host, each way, both ways at once.
+        link: bytes between GPU and host, one way at a time: activations leave in the forward pass and come
+            back in the backward pass.
     """
 
     flops: float

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -280,26 +280,31 @@ def _trace_kinds(
 class _Trace:
     """A layer and what its backward pass reads, as equations: (leaves, index, x) -> (output, residuals).
 
+    Both passes are functions that are compiled into one program with what calls them, but traced and lowered
+    once for all layers that keep the same.
+
     Attributes:
         equations: in the order in which they run.
-        constants: values of variables that the layer closes over.
-        inputs: variables of leaves, index and x.
+        constants: what the layer closes over.
+        inputs: variables of the constants, of leaves, index and x.
         output: the layer's.
         residuals: what the backward pass reads, all but arrays of the weights among them computed.
         pullback: tree of the function from the output's cotangent to those of the trained leaves and of x,
             its leaves being the residuals.
         trained: for each leaf, whether it is differentiated.
         named: the activations that have a name and that residuals are made from, each with its name.
+        functions: of each pass, by the names of what is kept, as far as they have been needed.
     """
 
     equations: Sequence[Any]
-    constants: Mapping[Var, Any]
+    constants: Sequence[Array]
     inputs: Sequence[Var]
     output: Any
     residuals: Sequence[Any]
     pullback: Any
     trained: tuple[bool, ...]
     named: Sequence[tuple[str, Var]]
+    functions: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layer: Layer, kind: _Kind, own: Leaves, x: Array, trained: tuple[bool, ...]) -> _Trace:
@@ -324,8 +329,8 @@ class _Trace:
         names = [(eqn.params["name"], eqn.outvars[0]) for eqn in jaxpr.jaxpr.eqns if _is_name(eqn)]
         return cls(
             equations=jaxpr.jaxpr.eqns,
-            constants=dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)),
-            inputs=jaxpr.jaxpr.invars,
+            constants=jaxpr.consts,
+            inputs=[*jaxpr.jaxpr.constvars, *jaxpr.jaxpr.invars],
             output=output,
             residuals=residuals,
             pullback=pullback,
@@ -338,8 +343,13 @@ class _Trace:
     ) -> tuple[Array, list[Array], list[bool]]:
         """The output, the kept activations, and for each of these whether it is to go to the host."""
         kept = self._kept(policy)
-        wanted = [self.output, *(variable for _, variable in kept)]
-        y, *values = _evaluate(self.equations, self._known(own, index, x), wanted)
+
+        def forward(*inputs: Array) -> tuple[Array, list[Array]]:
+            wanted = [self.output, *(variable for _, variable in kept)]
+            y, *values = _evaluate(self.equations, self._known(inputs), wanted)
+            return y, values
+
+        y, values = self._once(forward, policy)(*self.constants, *own, jnp.int32(index), x)
         names = ["block_input", *(name for name, _ in kept)]
         return y, [x, *values], [may_offload and name in policy.offloaded for name in names]
 
@@ -347,11 +357,16 @@ class _Trace:
         self, own: Leaves, index: int, kept: Sequence[Array], policy: LayerPolicy, dy: Array
     ) -> tuple[list[Array], Array]:
         """Cotangents of the trained leaves and of x; `kept` as from forward."""
+
+        def backward(dy: Array, values: Sequence[Array], *inputs: Array) -> tuple[list[Array], Array]:
+            variables = [variable for _, variable in self._kept(policy)]
+            known = self._known(inputs) | dict(zip(variables, values, strict=True))
+            pullback = jax.tree.unflatten(self.pullback, _evaluate(self.equations, known, self.residuals))
+            return pullback(dy)
+
         x, *values = kept
-        kept_variables = [variable for _, variable in self._kept(policy)]
-        known = self._known(own, index, x) | dict(zip(kept_variables, values, strict=True))
-        pullback = jax.tree.unflatten(self.pullback, _evaluate(self.equations, known, self.residuals))
-        return pullback(dy)
+        inputs = (*self.constants, *own, jnp.int32(index), x)
+        return self._once(backward, policy)(dy, values, *inputs)
 
     def as_leaves(self, own: Leaves, gradient: Sequence[Array]) -> list[Array | None]:
         """A cotangent for each leaf, None where it is not trained; `gradient` as from the backward pass."""
@@ -359,9 +374,14 @@ class _Trace:
         coming = iter(apart(gradient[0], trained) if joins(trained) else gradient)
         return [next(coming) if is_trained else None for is_trained in self.trained]
 
-    def _known(self, own: Leaves, index: int, x: Array) -> dict[Var, Any]:
-        values = (*own, jnp.int32(index), x)
-        return dict(self.constants) | dict(zip(self.inputs, values, strict=True))
+    def _once(self, function: Callable[..., Any], policy: LayerPolicy) -> Callable[..., Any]:
+        """The function, or that of a layer before, of the same name, that keeps the same."""
+        return self.functions.setdefault(
+            (function.__name__, policy.saved | policy.offloaded), jax.jit(function)
+        )
+
+    def _known(self, inputs: Sequence[Array]) -> dict[Var, Any]:
+        return dict(zip(self.inputs, inputs, strict=True))
 
     def _kept(self, policy: LayerPolicy) -> list[tuple[str, Var]]:
         """The activations that the policy keeps, without the block's input."""
