@@ -75,14 +75,15 @@ def _first_state(run: RunShape, trainable: Weights) -> TrainState:
 
 
 _OPTIONS: dict[str, Any] = {
-    # Where products share an operand and are small, XLA would copy their weights side by side to make one of
-    # them, in every micro-batch: at 2048 tokens of a 1B model 67 MB for gate and up in each layer, 2% of a step.
+    # Where products share an operand and are small, XLA would copy their weights side by side to make one
+    # of them, in every micro-batch: at 2048 tokens of a 1B model 67 MB for gate and up in each layer, 2% of
+    # a step.
     "xla_gpu_dot_merger_threshold_mb": 0,
-    # Copies to and from the host that may be under way. XLA would have two, and a layer that keeps more there
-    # would start the third when it needs it.
+    # Copies to and from the host that may be under way. XLA would have two, and a layer that keeps more
+    # there would start the third when it needs it.
     "xla_gpu_experimental_parallel_async_compute_limit": 64,
     # Per cent of the GPU's memory that XLA believes to have. It counts what is in host memory as well, and
-    # would make again what need not be made again: 3% of an 8B step with half its memory on the host.
+    # would make again what there is room for: 3% of the kernels' time of an 8B step with 4.7 GiB there.
     "xla_gpu_memory_limit_slop_factor": 10_000,
 }
 

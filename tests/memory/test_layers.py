@@ -137,7 +137,7 @@ def test_the_loop_can_be_scanned_over(float64):
 
 
 def lowered(arrays, checkpointing):
-    """The program for a GPU, as text, not compiled, with what layers share in place of calls: XLA begins so."""
+    """The program for a GPU, as text, not compiled; what layers share is written out, as XLA begins with."""
     graph, *values = arrays
     with jax.disable_jit():
         traced = jax.jit(program(graph, checkpointing)).trace(*values)
