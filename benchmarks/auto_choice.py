@@ -35,7 +35,6 @@ def _kept(*saved: str, offloaded: tuple[str, ...] = ()) -> str:
     return "+".join([f"{name}=save" for name in dict.fromkeys(saved) if name not in offloaded] + away)
 
 
-GATE = _kept("gate", "lora_hidden")
 GATES = _kept(*_GATES)
 ALL_BUT_GATES = _kept(*_ATTENTION)
 INPUT_AWAY = _kept(*_ATTENTION, *_GATES, offloaded=("block_input",))
@@ -43,14 +42,14 @@ GATE_AWAY = _kept(*_ATTENTION, *_GATES, offloaded=("block_input", "gate"))
 
 # Micro-batches of a step -> what layers keep.
 GRID = {
-    1: ("none", "full", "offload", GATE, GATES, ALL_BUT_GATES, INPUT_AWAY, GATE_AWAY),
-    2: ("none", ALL_BUT_GATES, GATE_AWAY),
+    1: ("none", "full", "offload", GATES, ALL_BUT_GATES, INPUT_AWAY, GATE_AWAY),
+    2: ("none", ALL_BUT_GATES),
     4: ("none", INPUT_AWAY),
+    8: ("none", INPUT_AWAY),
 }
 BUDGETS = {
     "1b,8,2048": ("4.5GiB", "7GiB", "11GiB"),
-    "8b:8,4,4096": ("7GiB", "10GiB", "14GiB"),
-    "1b,16,512": ("4GiB", "7GiB"),
+    "8b:4,4,4096": ("4.8GiB", "6.5GiB", "8.8GiB"),
 }
 MOST = 1.03
 ROUNDS = 3

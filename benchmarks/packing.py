@@ -280,15 +280,7 @@ def main() -> None:
         prepared = child("prepare")
         if "error" in prepared:
             raise SystemExit(prepared["error"])
-        rows = []
-        cases = [Case(kind, rows) for kind in LENGTHS for rows in getattr(arguments, kind)]
-        for row in measure(cases, arguments.jobs, cache, child):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    comparison = compared(rows)
-    print(json.dumps(comparison, indent=2))
-    if arguments.out:
-        record = {
+        head = {
             "benchmark": "packing",
             **environment(*PACKAGES, commit=arguments.commit),
             "model": arguments.model,
@@ -296,10 +288,16 @@ def main() -> None:
             "checkpointing": arguments.checkpointing,
             "budget": arguments.budget,
             **prepared,
-            **comparison,
-            "cases": rows,
         }
-        Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        rows: list[dict[str, Any]] = []
+        cases = [Case(kind, number) for kind in LENGTHS for number in getattr(arguments, kind)]
+        for row in measure(cases, arguments.jobs, cache, child):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if arguments.out:
+                record = head | compared(rows) | {"cases": rows}
+                Path(arguments.out).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(compared(rows), indent=2))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Characters of an error.
@@ -20,3 +22,25 @@ def last_json(script: str, arguments: Sequence[str]) -> dict[str, Any]:
         return json.loads(done.stdout.splitlines()[-1])
     *_, last = ["", *re.split(r"^(?=[\w.]*(?:Error|Exception)\b)", done.stderr, flags=re.MULTILINE)[1:]]
     return {"error": last.strip()[:MOST_TOLD] or done.stderr[-MOST_TOLD:]}
+
+
+class Room:
+    """Memory that processes share: who asks for a part of it waits until that is free."""
+
+    def __init__(self, size: float) -> None:
+        self._size = self._free = size
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, size: float) -> Iterator[None]:
+        """More than there is: all of it."""
+        size = min(size, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()

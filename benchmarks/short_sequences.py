@@ -6,7 +6,8 @@
 Steps as in train_step.py, on rows of 512 tokens, in batches of 1, 2, 4 ... 256 rows: everything kept (none),
 layers computed again (full), their inputs in host memory (offload), and what is planned for a budget (auto),
 which may go over a large batch in several micro-batches. All cases are compiled first, --jobs at a time; then
-each runs alone, in a process of its own. A policy is left out of larger batches once one does not fit.
+each runs for some steps in a process of its own, which tells its peak; then those that fit are timed in turns
+in one process, as with train_step.py --alternate.
 
 The goals, which the result holds the figures against: the peak of auto stays within the budget at each
 batch; from the smallest batch to the largest that both can do, the peak of offload grows by less than a tenth
@@ -22,9 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from environment import environment
-from train_step import PACKAGES, cache_folder, compile_side_by_side, in_process_of_its_own, is_refused
+from train_step import (
+    PACKAGES,
+    cache_folder,
+    compile_side_by_side,
+    is_refused,
+    measure_together,
+    peaks_side_by_side,
+)
 
 POLICIES = ("none", "full", "offload", "auto")
+ROUNDS = 3
 LENGTH, BATCHES = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MOST_GROWTH, LEAST_SPEED = 0.1, 0.95
 
@@ -39,18 +48,17 @@ def measure(
         kept = f"auto@{budget}" if policy == "auto" and budget else policy
         return f"{model},{batch},{length},{kept},auto"
 
-    cases = [case(policy, batch) for policy in POLICIES for batch in batches]
-    compiled = compile_side_by_side(cases, 1, cache=cache, jobs=jobs)
+    cases = {case(policy, batch): (policy, batch) for policy in POLICIES for batch in batches}
+    found = compile_side_by_side(list(cases), 1, cache=cache, jobs=jobs)
+    ready = {name: row for name, row in found.items() if not is_refused(row)}
+    found |= peaks_side_by_side(ready, 1, cache=cache, jobs=jobs)
+    fitting = [name for name, row in found.items() if "error" not in row]
+    for row in measure_together(fitting, 1, ROUNDS, cache=cache):
+        found[row["case"]] = row | {"peak_gib": found[row["case"]]["peak_gib"]}
     rows = []
-    for policy in POLICIES:
-        for batch in batches:
-            row = compiled[case(policy, batch)]
-            if not is_refused(row):
-                row = in_process_of_its_own(case(policy, batch), 1, "--cache", cache)
-            rows.append({"policy": policy, "rows": batch, **row})
-            print(json.dumps(rows[-1]), flush=True)
-            if "error" in row:
-                break
+    for name, (policy, batch) in cases.items():
+        rows.append({"policy": policy, "rows": batch, **found[name]})
+        print(json.dumps(rows[-1]), flush=True)
     return rows
 
 

@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -44,14 +45,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from environment import environment
-from processes import last_json
+from processes import Room, last_json
 
 if TYPE_CHECKING:
     from lorajax.config import Config
@@ -75,6 +76,8 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 WARM_UP, STEPS, ROUNDS = 3, 10, 3
 ROUND_SECONDS, FEWEST_STEPS = 5.0, 3
+# Of a process, beside what JAX takes of a GPU.
+CONTEXT_GIB = 1.0
 PACKAGES = ("lorajax", "jax", "jaxlib", "flax", "optax")
 
 # What JAX reports of its compilation cache, counted; nothing where there is none.
@@ -324,13 +327,15 @@ def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
     return prepared.row(seconds, steps, peak=peak_memory_bytes())
 
 
-def compile_alone(case: str, segments: int, share: str | None) -> dict[str, Any]:
+def compile_alone(case: str, segments: int, share: str | None, *, runs: bool) -> dict[str, Any]:
     """Compile one case in this process, beside others that do so too.
 
     Args:
         share: of the GPU that a case without a budget of its own may plan for; None: what is free now.
+        runs: run some steps too, for its peak.
     """
     from lorajax.memory.machine import claim_gpu_memory
+    from lorajax.training.metrics import peak_memory_bytes
 
     # A plan depends on how much JAX may take: it may take as much as when it runs, but takes what it needs.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
@@ -338,7 +343,11 @@ def compile_alone(case: str, segments: int, share: str | None) -> dict[str, Any]
     if share is not None and budget is None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = share
     claim_gpu_memory(budget)
-    return prepare(case, segments, runs=False).about()
+    prepared = prepare(case, segments, runs=runs)
+    if not runs:
+        return prepared.about()
+    prepared.run_steps(WARM_UP)
+    return prepared.about() | {"peak_gib": round(peak_memory_bytes() / 2**30, 2)}
 
 
 def measure_alternately(cases: Sequence[str], segments: int, rounds: int) -> list[dict[str, Any]]:
@@ -365,8 +374,9 @@ def measure_alternately(cases: Sequence[str], segments: int, rounds: int) -> lis
 
 
 def machine_at_hand() -> dict[str, Any]:
-    """{"device": its kind, "gpu_share": what may be claimed}; of a GPU, its rates are known from now on.
+    """{"device": its kind, "gpu_share": what may be claimed, "gpu_gib": how much that is}.
 
+    The rates of a GPU are known from now on.
     In a process of its own, which leaves the GPU free again, and before others use it.
     """
     found = last_json(__file__, ["--machine"])
@@ -379,13 +389,18 @@ def prepare_machine() -> dict[str, Any]:
     """`machine_at_hand`, in this process."""
     import jax
 
-    from lorajax.memory.machine import claim_gpu_memory, machine_rates
+    from lorajax.memory.machine import claim_gpu_memory, gpu_limit, machine_rates
 
     claim_gpu_memory(None)
     if jax.default_backend() == "gpu":
         machine_rates()
     share = os.environ.get("XLA_CLIENT_MEM_FRACTION")
-    return {"device": jax.local_devices()[0].device_kind, "gpu_share": share}
+    limit = gpu_limit(None)
+    return {
+        "device": jax.local_devices()[0].device_kind,
+        "gpu_share": share,
+        "gpu_gib": limit and limit / 2**30,
+    }
 
 
 def in_process_of_its_own(case: str, segments: int, *options: str) -> dict[str, Any]:
@@ -405,13 +420,40 @@ def compile_side_by_side(
     """
     if not cases:
         return {}
-    share = machine_at_hand()["gpu_share"]
-    options = ["--cache", cache, "--compile-only", *(["--gpu-share", share] if share else [])]
+    options, _ = _options_of_compiling(cache)
     began = time.perf_counter()
     with ThreadPoolExecutor(jobs) as pool:
         rows = list(pool.map(lambda case: in_process_of_its_own(case, segments, *options), cases))
     print(f"compiled {len(cases)} cases in {time.perf_counter() - began:.0f} s", flush=True)
     return dict(zip(cases, rows, strict=True))
+
+
+def peaks_side_by_side(
+    compiled: Mapping[str, dict[str, Any]], segments: int, *, cache: str, jobs: int
+) -> dict[str, dict[str, Any]]:
+    """case -> its row with peak_gib, each run for some steps in a process of its own.
+
+    Args:
+        compiled: of compile_side_by_side; as many run at a time as fit by their plans.
+        cache, jobs: as there.
+    """
+    options, limit = _options_of_compiling(cache)
+    room = Room(limit or 0.0)
+
+    def run(case: str) -> dict[str, Any]:
+        with room.taken(compiled[case].get("planned_gib", math.inf) + CONTEXT_GIB):
+            return in_process_of_its_own(case, segments, *options, "--peak")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(compiled, pool.map(run, compiled), strict=True))
+
+
+def _options_of_compiling(cache: str) -> tuple[list[str], float | None]:
+    """For processes side by side, and the GiB that they share, if that is known."""
+    machine = machine_at_hand()
+    share = machine["gpu_share"]
+    options = ["--cache", cache, "--compile-only", *(["--gpu-share", share] if share else [])]
+    return options, machine["gpu_gib"]
 
 
 def measure_in_turn(
@@ -491,6 +533,7 @@ def arguments_of_command() -> argparse.Namespace:
     parser.add_argument("--profile", help="JSON file for the kernels of a step, with --here")
     parser.add_argument("--here", action="store_true", help="the first case alone, in this process")
     parser.add_argument("--gpu-share", help="with --compile-only --here: see compile_alone")
+    parser.add_argument("--peak", action="store_true", help="with --compile-only --here: see compile_alone")
     parser.add_argument("--machine", action="store_true", help="see machine_at_hand")
     arguments = parser.parse_args()
     if not arguments.cases and not arguments.machine:
@@ -506,7 +549,7 @@ def in_this_process(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.cache:
         use_cache(arguments.cache)
     if arguments.compile_only:
-        return compile_alone(arguments.cases[0], arguments.segments, arguments.gpu_share)
+        return compile_alone(arguments.cases[0], arguments.segments, arguments.gpu_share, runs=arguments.peak)
     return measure(arguments.cases[0], arguments.segments, arguments.profile)
 
 
