@@ -236,9 +236,12 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout) -> Estimate:
 
 def _activations(saved: Sequence[int], travelling: Sequence[int], copy_span: int) -> int:
     """The most that is there while a layer's backward pass runs: what it and the layers below it saved, and
-    what has come back for it and is on its way for the next ones."""
+    what has come back for it and is on its way for the next ones.
+
+    Copies that start in its turn are not among them: XLA starts them behind the MLP, which takes the most.
+    """
     below = itertools.accumulate(saved)
-    windows = (sum(travelling[max(0, index - copy_span) : index + 1]) for index in range(len(saved)))
+    windows = (sum(travelling[max(0, index - copy_span + 1) : index + 1]) for index in range(len(saved)))
     return max(kept + coming for kept, coming in zip(below, windows, strict=True))
 
 
