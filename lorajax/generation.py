@@ -24,6 +24,7 @@ from lorajax.data.chat import render_prompt
 from lorajax.errors import UserError
 from lorajax.memory.analysis import compile_lowered, memory_of
 from lorajax.models.decoder import Attend, Decoder
+from lorajax.sharding import data_mesh, replicated, shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -133,7 +134,9 @@ def answering_memory(
     settings = _settings(model, tokenizer, max_new_tokens, 0.0, 1.0)
     longest = max(map(len, _tokenise(model, tokenizer, prompts, max_new_tokens, None)))
     size = min(batch_size, _power_of_two(len(prompts)))
-    weights = nnx.split(model)
+    graph, state = nnx.split(model)
+    # As they will be: then it is these programs that `generate` finds in the compilation cache.
+    weights = graph, shapes(state, replicated(data_mesh()))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
     lengths, tokens = (
         jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((size,), (size, _bucket(longest)))
@@ -141,10 +144,15 @@ def answering_memory(
     lowered = _prefill.lower(
         *weights, tokens, lengths, keys, settings.limit, settings.sampling, settings.room
     )
-    answers = jax.tree.map(lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype), lowered.out_info)
+    prefill = compile_lowered(lowered)
+    answers = jax.tree.map(
+        lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
+        lowered.out_info,
+        prefill.output_shardings,
+    )
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(answers.caches))
-    decode = _decode.lower(*weights, answers, settings.limit, settings.sampling)
-    return held + max(memory_of(compile_lowered(each)).temporaries for each in (lowered, decode))
+    decode = compile_lowered(_decode.lower(*weights, answers, settings.limit, settings.sampling))
+    return held + max(memory_of(each).temporaries for each in (prefill, decode))
 
 
 # --- prompts in, text out ---

@@ -333,3 +333,29 @@ def test_what_answering_takes_grows_with_the_prompts_and_answers(make_model, mak
     assert taken(8 * one, batch_size=2) == taken(2 * one) < taken(8 * one)
     assert taken(8 * one) - taken(one) >= caches(7, 64 + 64)
     assert taken(one, new=65) - taken(one) >= caches(1, 64)
+
+
+def test_what_is_compiled_to_see_what_answering_takes_then_answers(make_model, make_tokenizer, monkeypatch):
+    """The same programs, so that the compilation cache has them."""
+    texts = {"_prefill": [], "_decode": []}
+
+    class Noted:
+        def __init__(self, name):
+            self.name, self.function = name, getattr(generation, name)
+
+        def lower(self, *arguments):
+            lowered = self.function.lower(*arguments)
+            texts[self.name].append(lowered.as_text())
+            return lowered
+
+        def __call__(self, *arguments):
+            self.lower(*arguments)
+            return self.function(*arguments)
+
+    model, tokenizer = make_model(adapter=True), make_tokenizer()
+    for name in texts:
+        monkeypatch.setattr(generation, name, Noted(name))
+    shapes = jax.eval_shape(lambda: model)
+    answering_memory(shapes, tokenizer, PROMPTS, max_new_tokens=STEPS, batch_size=8)
+    generate(model, tokenizer, PROMPTS, max_new_tokens=STEPS)
+    assert all(len(each) == 2 and each[0] == each[1] for each in texts.values())
