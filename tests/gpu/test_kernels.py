@@ -22,6 +22,7 @@ from lorajax_kernels import (
     lora_implementations,
     lora_linears,
     quantize_nf4,
+    rms_norm,
     swiglu_lora_linear,
 )
 from lorajax_kernels.attention.xla import default_chunk
@@ -239,10 +240,10 @@ def test_nf4_implementations_dequantize_alike_bit_for_bit(dtype, double_quant):
     np.testing.assert_array_equal(*map(np.asarray, bits))
 
 
-@pytest.mark.parametrize("quantised", (False, True))
+@pytest.mark.parametrize("quantised, normed", ((False, False), (True, False), (False, True)))
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-def test_layers_with_adapters(arrangement, quantised, figure):
-    """Gate and up of Llama-3.2-1B on 4096 tokens, the second with dropout."""
+def test_layers_with_adapters(arrangement, quantised, normed, figure):
+    """Gate and up of Llama-3.2-1B on 4096 tokens, the second with dropout, after a norm or without."""
     rows, features, out, rank = 4096, 2048, 8192, 32
     x, dy, *weights = random_arrays([(rows, features), (rows, out), *[(out, features)] * 2], jnp.bfloat16)
     weights = [weight / features**0.5 for weight in weights]
@@ -250,6 +251,7 @@ def test_layers_with_adapters(arrangement, quantised, figure):
         weights = [quantize_nf4(weight) for weight in weights]
     a, b = random_arrays([(rank, features), (out, rank)], jnp.float32)
     a, b = a / features**0.5, b / rank**0.5
+    norm = (1 + 0.1 * x[0].astype(jnp.float32), 1e-5) if normed else None
 
     def run(function, x, dy):
         @jax.jit
@@ -263,10 +265,14 @@ def test_layers_with_adapters(arrangement, quantised, figure):
 
         return forward_and_gradients(x, a, b, dy)
 
-    found = run(functools.partial(lora_linears, arrangement=arrangement), x, dy)
-    expected = run(reference_lora_linears, x.astype(jnp.float32), dy.astype(jnp.float32))
+    def plain(x, weights, adapters):
+        x = x if norm is None else rms_norm(x, norm[0], epsilon=norm[1])
+        return reference_lora_linears(x, weights, adapters)
+
+    found = run(functools.partial(lora_linears, arrangement=arrangement, norm=norm), x, dy)
+    expected = run(plain, x.astype(jnp.float32), dy.astype(jnp.float32))
     errors = [relative(a, b) for a, b in zip(found, expected, strict=True)]
-    case = f"{arrangement}{', NF4' if quantised else ''}"
+    case = f"{arrangement}{', NF4' if quantised else ''}{', after a norm' if normed else ''}"
     figure(f"lora_linears {case}: errors of y, y, dx, da, db", " ".join(f"{error:.1e}" for error in errors))
     assert max(errors) <= 1e-2
 
