@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+import jax.numpy as jnp
 from flax import nnx
+from lorajax_kernels.device import Device
 
 from lorajax.config import Config
 from lorajax.errors import UserError
@@ -107,6 +109,7 @@ class Plan:
         chosen: one of them, or what the config asks for.
         sizes: bytes of what has been compiled, as XLA's analysis has them; the options are corrected by them.
         others: bytes of a GPU, weights and state included, while a run does something else than a step.
+        advice: what else would be better on that GPU; None: nothing that is known.
     """
 
     device: str
@@ -117,6 +120,7 @@ class Plan:
     chosen: Estimate
     sizes: Mapping[Layout, int] = field(default_factory=dict)
     others: Mapping[str, int] = field(default_factory=dict)
+    advice: str | None = None
 
     @property
     def fixed(self) -> int:
@@ -200,6 +204,7 @@ class Plan:
             "other times": ", ".join(f"{name} {gib(size)}" for name, size in times.items()),
             **describe(policy),
             **({"MLP": _in_parts(chosen.layout)} if chosen.layout.mlp_chunks > 1 else {}),
+            **({"advice": self.advice} if self.advice is not None else {}),
         }
 
     def table(self) -> str:
@@ -242,7 +247,7 @@ class Plan:
         figure.savefig(path, dpi=120)
 
 
-def make_plan(problem: Problem, config: Config, *, device: str, budget: int, host_budget: int) -> Plan:
+def make_plan(problem: Problem, config: Config, *, device: Device, budget: int, host_budget: int) -> Plan:
     """The fastest layout that fits, or the one that the config asks for, whether it fits or not.
 
     Raises:
@@ -250,7 +255,15 @@ def make_plan(problem: Problem, config: Config, *, device: str, budget: int, hos
     """
     options = estimates(problem)
     length = config.data.max_length
-    plan = Plan(device, budget, host_budget, problem.rows * length, options, options[0])
+    plan = Plan(
+        device.kind,
+        budget,
+        host_budget,
+        problem.rows * length,
+        options,
+        options[0],
+        advice=_advice(config.model.dtype, device),
+    )
     checkpointing = config.memory.checkpointing
     if checkpointing == "auto":
         return choose_again(plan)
@@ -259,12 +272,19 @@ def make_plan(problem: Problem, config: Config, *, device: str, budget: int, hos
     policy = Policy.of(checkpointing, layers)
     if policy.offloads and not problem.offloads:
         raise UserError(
-            f"memory.checkpointing keeps activations in host memory, but {device} has no pinned host memory "
-            "to keep them in; set it to auto"
+            f"memory.checkpointing keeps activations in host memory, but {device.kind} has no pinned host "
+            "memory to keep them in; set it to auto"
         )
     if sum(problem.fixed) > budget:
         raise UserError(refusal(plan))
     return replace(plan, chosen=estimate(problem, Layout(rows, policy, config.memory.mlp_chunks or 1)))
+
+
+def _advice(dtype: str, device: Device) -> str | None:
+    """About the dtype."""
+    if dtype == "bfloat16" and device.half_dtype == jnp.float16:
+        return f"{device.kind} has units for float16 and none for bfloat16: set model.dtype to float16"
+    return None
 
 
 def choose_again(plan: Plan) -> Plan:

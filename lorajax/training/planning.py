@@ -70,7 +70,7 @@ def _plan_elsewhere(config: Config, model: Decoder, target: Target, compiles: bo
     plan = make_plan(
         problem_of(config, model, rates=target.rates, offloads=True),
         config,
-        device=target.kind,
+        device=target.device,
         budget=budget,
         host_budget=_HOST_ELSEWHERE if host is None else parse_size(host),
     )
@@ -156,7 +156,7 @@ def planned(run: R, model: Decoder) -> tuple[Plan | None, R]:
     plan = make_plan(
         problem,
         config,
-        device=current_device().kind,
+        device=current_device(),
         budget=budget,
         host_budget=host_limit(memory.host_budget),
     )

@@ -185,6 +185,16 @@ def test_estimates_need_no_plugin(config_of, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "1 x 8 rows on NVIDIA L4" in out and "of 1.00G (estimated)" in out
     assert "tokens/s a GPU  kept" in out
+    assert "advice" not in out
+
+
+def test_a_gpu_without_bfloat16_is_told_of_float16(config_of):
+    def advice(device, dtype):
+        return plan_memory(config_of(model__dtype=dtype), device, compiles=False).lines().get("advice")
+
+    said = "Tesla T4 has units for float16 and none for bfloat16: set model.dtype to float16"
+    assert advice("t4", "bfloat16") == said
+    assert advice("t4", "float16") is advice("a100-40gb", "bfloat16") is None
 
 
 @pytest.mark.slow
