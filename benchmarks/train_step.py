@@ -14,7 +14,8 @@ than ROUND_SECONDS; the median is of ROUNDS such runs.
     python benchmarks/train_step.py CASE CASE ... --jobs 8 --cache FOLDER --out result.json
 
 compiles all cases first, eight side by side and without weights, and then times them one after the other:
-`compiled_anew` is the number of programs that a case did not find in the cache. While many compile, XLA times
+`compiled_anew` is the number of programs that a case did not find in the cache, `longest_parts` what the
+largest of its programs took to trace, to lower, and to compile or to load. While many compile, XLA times
 ways to multiply on a GPU that others use too, and may keep a slower one: take --jobs 1, or none, for figures
 that are held against a limit. --compile-only stops after the first phase.
 
@@ -83,6 +84,13 @@ PACKAGES = ("lorajax", "jax", "jaxlib", "flax", "optax")
 # What JAX reports of its compilation cache, counted; nothing where there is none.
 _CACHE_EVENTS: Counter[str] = Counter()
 _NOT_FOUND = "/jax/compilation_cache/cache_misses"
+# Parts of compiling as JAX reports them, and the longest of each: that of the step.
+_PARTS = {
+    "/jax/core/compile/jaxpr_trace_duration": "trace",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
+    "/jax/core/compile/backend_compile_duration": "compile or load",
+}
+_LONGEST: dict[str, float] = {}
 
 
 def hf_config(name: str) -> dict[str, Any]:
@@ -136,6 +144,7 @@ class Prepared:
     program: Program
     plan: Plan | None
     compile_seconds: float
+    longest_parts: dict[str, float]
     compiled_anew: int | None
     state: TrainState | None = None
     frozen: Weights | None = None
@@ -177,6 +186,7 @@ class Prepared:
             "temporary_gib": round(memory.temporaries / 2**30, 2),
             "host_gib": round(memory.host / 2**30, 2),
             "compile_seconds": round(self.compile_seconds, 1),
+            "longest_parts": self.longest_parts,
             "compiled_anew": self.compiled_anew,
             "device": jax.local_devices()[0].device_kind,
         }
@@ -224,6 +234,7 @@ def prepare(text: str, segments: int, *, runs: bool = True) -> Prepared:
         outline = outline_of(config)
     run = RunShape(config=config, mesh=data_mesh(), total_steps=1000)
     plan, run = planned(run, outline)
+    _LONGEST.clear()
     began, not_found = time.perf_counter(), _CACHE_EVENTS[_NOT_FOUND]
     run, program, plan = compile_planned(run, plan, outline)
     prepared = Prepared(
@@ -233,6 +244,7 @@ def prepare(text: str, segments: int, *, runs: bool = True) -> Prepared:
         program,
         plan,
         compile_seconds=time.perf_counter() - began,
+        longest_parts={name: round(seconds, 1) for name, seconds in _LONGEST.items()},
         compiled_anew=_CACHE_EVENTS[_NOT_FOUND] - not_found if _CACHE_EVENTS else None,
     )
     if runs:
@@ -308,6 +320,12 @@ def use_cache(folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.monitoring.register_event_listener(lambda event, **_: _CACHE_EVENTS.update([event]))
+    jax.monitoring.register_event_duration_secs_listener(_note_part)
+
+
+def _note_part(event: str, duration_secs: float, **_: str | int) -> None:
+    if name := _PARTS.get(event):
+        _LONGEST[name] = max(_LONGEST.get(name, 0.0), duration_secs)
 
 
 def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
