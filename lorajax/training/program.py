@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -135,26 +136,28 @@ def compile_planned(
     """
     graph, trainable, frozen = split_weights(model, run.config.train.mode)
     state, frozen = state_shapes(run, trainable), shapes(frozen, replicated(run.mesh))
-    if plan is None:
-        return run, _compile_all(run, graph, state, frozen, evaluates), None
+
+    @functools.cache
+    def evaluation(rows: int, mlp_chunks: int) -> tuple[Evaluation, Memory]:
+        """Of micro-batches of so many rows; nothing else of a layout changes it."""
+        layout = run.layout._replace(rows=rows, mlp_chunks=mlp_chunks)
+        return compile_evaluation(dataclasses.replace(run, planned=layout), graph, state, frozen)
 
     def compiled(layout: Layout) -> tuple[Program, int]:
-        program = _compile_all(dataclasses.replace(run, planned=layout), graph, state, frozen, evaluates)
+        program = compile_step(dataclasses.replace(run, planned=layout), graph, state, frozen)
+        if evaluates:
+            evaluate, memory = evaluation(layout.rows, layout.mlp_chunks)
+            most = max(program.memory.temporaries, memory.temporaries)
+            together = dataclasses.replace(program.memory, temporaries=most)
+            program = Program(program.step, together, evaluate, memory)
         return program, program.memory.total
 
+    if plan is None:
+        return run, compiled(run.layout)[0], None
     plan, program = settle(plan, compiled, may_choose=run.config.memory.checkpointing == "auto")
     if program.evaluation is not None:
         plan = plan.beside("evaluation", program.evaluation.temporaries)
     return dataclasses.replace(run, planned=plan.chosen.layout), program, plan
-
-
-def _compile_all(run: RunShape, graph: Any, state: TrainState, frozen: Weights, evaluates: bool) -> Program:
-    program = compile_step(run, graph, state, frozen)
-    if not evaluates:
-        return program
-    evaluate, memory = compile_evaluation(run, graph, state, frozen)
-    most = max(program.memory.temporaries, memory.temporaries)
-    return Program(program.step, dataclasses.replace(program.memory, temporaries=most), evaluate, memory)
 
 
 def batch_shapes(run: RunShape, *, micro_batches: int | None = None) -> Batch:

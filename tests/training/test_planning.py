@@ -7,12 +7,15 @@ import pytest
 
 from lorajax.config import OutputConfig, load_config
 from lorajax.errors import UserError
+from lorajax.memory.analysis import Memory
 from lorajax.memory.costs import Rates
 from lorajax.memory.plan import Plan, outline_of
 from lorajax.memory.planner import Breakdown, Estimate
 from lorajax.memory.policy import Layout, Policy
-from lorajax.training import planning
+from lorajax.sharding import data_mesh
+from lorajax.training import planning, program
 from lorajax.training.inputs import RunShape
+from lorajax.training.program import Program
 
 GIB = 2**30
 
@@ -78,3 +81,31 @@ def test_the_most_of_a_plan_is_that_of_its_largest_program(plan):
     assert plan.beside("evaluation", GIB).most == 5 * GIB
     assert plan.beside("evaluation", 4 * GIB).most == 7 * GIB
     assert dataclasses.replace(plan, sizes={plan.chosen.layout: 6 * GIB}).most == 6 * GIB
+
+
+def test_an_evaluation_is_compiled_once_for_layouts_of_the_same_rows(plan, llama_folder, monkeypatch):
+    """Of three layouts the first two do not fit, one for its step, one for its evaluation; a row is GiB."""
+    first, second, third = (
+        dataclasses.replace(plan.chosen, layout=Layout(rows, Policy.of(kept, 2)), seconds=seconds)
+        for rows, kept, seconds in ((2, "none", 1.0), (2, "full", 2.0), (1, "full", 3.0))
+    )
+    evaluations = []
+
+    def compile_evaluation(run, *_):
+        evaluations.append(run.layout.rows)
+        return run.layout.rows, Memory(0, 3 * run.layout.rows * GIB, 0)
+
+    def compile_step(run, *_):
+        kept_all = run.layout.checkpointing == Policy.of("none", 2)
+        return Program(run.layout, Memory(3 * GIB, (6 if kept_all else 1) * GIB, 0))
+
+    monkeypatch.setattr(program, "compile_evaluation", compile_evaluation)
+    monkeypatch.setattr(program, "compile_step", compile_step)
+    given = {"model.path": llama_folder, "data.path": "d", "data.max_length": 64, "output.output_dir": "o"}
+    config = load_config(None, [f"--{key}={value}" for key, value in given.items()])
+    run = RunShape(config=config, mesh=data_mesh(), total_steps=1)
+    plan = dataclasses.replace(plan, options=[first, second, third], chosen=first)
+    run, found, plan = program.compile_planned(run, plan, outline_of(config), evaluates=True)
+    assert evaluations == [2, 1]
+    assert found.step == run.layout == third.layout and found.evaluate == 1
+    assert found.memory.total == 6 * GIB == plan.taken and plan.others == {"evaluation": 6 * GIB}
