@@ -391,6 +391,7 @@ def measure_alternately(cases: Sequence[str], segments: int, rounds: int) -> lis
     ]
 
 
+@functools.cache
 def machine_at_hand() -> dict[str, Any]:
     """{"device": its kind, "gpu_share": what may be claimed, "gpu_gib": how much that is}.
 

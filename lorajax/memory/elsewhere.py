@@ -25,13 +25,18 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorajax.config import Config, load_config, save_config
 from lorajax.errors import UserError
 from lorajax.memory.analysis import Memory
 from lorajax.memory.policy import Layout, Policy
 from lorajax.memory.targets import Target, find_target
+
+if TYPE_CHECKING:
+    from lorajax.training.inputs import RunShape
+    from lorajax.training.step import TrainState
+    from lorajax.training.weights import Weights
 
 # JAX' plugins, the one that JAX prefers first, and the wheels with the assembler of their CUDA.
 _PLUGINS = {"jax-cuda13-plugin": "nvidia-cuda-nvcc", "jax-cuda12-plugin": "nvidia-cuda-nvcc-cu12"}
@@ -205,13 +210,9 @@ def main() -> None:
 
 
 def _compile(request: dict[str, Any]) -> Compiled:
-    from jax.experimental import topologies
     from lorajax_kernels.device import assume
 
-    from lorajax.sharding import DATA_AXIS, replicated, shapes
-    from lorajax.training.inputs import RunShape
-    from lorajax.training.program import compile_evaluation, compile_step, state_shapes
-    from lorajax.training.weights import split_weights
+    from lorajax.training.program import compile_evaluation, compile_step
 
     config = load_config(request["config"])
     target = find_target(request["target"])
@@ -224,6 +225,37 @@ def _compile(request: dict[str, Any]) -> Compiled:
             gradient_accumulation_steps=micro_batches,
         )
         config = dataclasses.replace(config, train=train)
+    with assume(target.device):
+        arguments = arguments_there(config, target, layout, request["num_layers"])
+        began = time.perf_counter()
+        if request["evaluates"]:
+            _, memory = compile_evaluation(*arguments)
+        else:
+            memory = compile_step(*arguments).memory
+    # Ways to multiply are not timed here, and without that XLA makes all products itself. On H100s steps took
+    # the workspace of cuBLAS more than when they were compiled so.
+    memory = dataclasses.replace(memory, temporaries=memory.temporaries + target.cublas_workspace)
+    return Compiled(**dataclasses.asdict(memory), seconds=round(time.perf_counter() - began, 1))
+
+
+def arguments_there(
+    config: Config, target: Target, layout: Layout, num_layers: int | None = None
+) -> tuple[RunShape, Any, TrainState, Weights]:
+    """What compile_step and compile_evaluation take, for a GPU that is not here; to be called under `assume`.
+
+    Args:
+        num_layers: of a shallower model; None: all.
+
+    Raises:
+        UserError: the rows cannot be cut so, or there are not so many layers.
+    """
+    from jax.experimental import topologies
+
+    from lorajax.sharding import DATA_AXIS, replicated, shapes
+    from lorajax.training.inputs import RunShape
+    from lorajax.training.program import state_shapes
+    from lorajax.training.weights import split_weights
+
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=target.config, topology="1x1x1"
     )
@@ -231,20 +263,8 @@ def _compile(request: dict[str, Any]) -> Compiled:
     run = RunShape(config=config, mesh=mesh, total_steps=1000, planned=layout)
     if run.micro_batches * layout.rows != run.rows_per_device:
         raise UserError(f"{run.rows_per_device} rows cannot be cut into micro-batches of {layout.rows}")
-    with assume(target.device):
-        model = _outline(config, request["num_layers"])
-        graph, trainable, frozen = split_weights(model, config.train.mode)
-        weights = shapes(frozen, replicated(mesh))
-        state = state_shapes(run, trainable)
-        began = time.perf_counter()
-        if request["evaluates"]:
-            _, memory = compile_evaluation(run, graph, state, weights)
-        else:
-            memory = compile_step(run, graph, state, weights).memory
-    # Ways to multiply are not timed here, and without that XLA makes all products itself. On H100s steps took
-    # the workspace of cuBLAS more than when they were compiled so.
-    memory = dataclasses.replace(memory, temporaries=memory.temporaries + target.cublas_workspace)
-    return Compiled(**dataclasses.asdict(memory), seconds=round(time.perf_counter() - began, 1))
+    graph, trainable, frozen = split_weights(_outline(config, num_layers), config.train.mode)
+    return run, graph, state_shapes(run, trainable), shapes(frozen, replicated(mesh))
 
 
 def _checkpointing(plain: Any) -> Any:

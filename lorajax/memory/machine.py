@@ -119,7 +119,7 @@ def machine_rates() -> Rates:
 def _measured_sizes(limit: int | None) -> dict[str, int]:
     """Arguments of measure_rates that fit so many bytes."""
     sizes = dict(_MEASURED)
-    # Three matrices in 16 bits; of a copy, both ends, and one more under way.
+    # Three matrices in 16 bits; of copies, the source and the results of some that are under way.
     while limit is not None and 4 * sizes["matrix"] ** 2 * 2 > limit:
         sizes["matrix"] //= 2
     while limit is not None and 6 * sizes["copied"] > limit:

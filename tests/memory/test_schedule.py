@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +12,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+from lorajax_kernels.device import assume
+
+from lorajax.config import load_config
+from lorajax.memory.elsewhere import _environment, arguments_there
+from lorajax.memory.plan import outline_of
+from lorajax.memory.policy import Layout
+from lorajax.memory.targets import find_target
+from lorajax.training.program import compile_step
+from lorajax.training.weights import split_weights
 
 LAYERS, ROWS, LENGTH = 4, 4, 2048
 # Four copies a layer, and gate's and up's come from the middle of it.
@@ -35,19 +45,6 @@ ON_HOST = (LAYERS - 1) * 2 * ROWS * LENGTH * (512 + 1536 + 1536 + 512)
 
 def compiled_step(folder: str) -> Any:
     """lorajax' Program of a step, for an H200 with room for weights and state, and ON_HOST more."""
-    import jax
-    from jax.experimental import topologies
-    from lorajax_kernels.device import assume
-
-    from lorajax.config import load_config
-    from lorajax.memory.plan import outline_of
-    from lorajax.memory.policy import Layout
-    from lorajax.memory.targets import find_target
-    from lorajax.sharding import DATA_AXIS, replicated, shapes
-    from lorajax.training.inputs import RunShape
-    from lorajax.training.program import compile_step, state_shapes
-    from lorajax.training.weights import split_weights
-
     settings = {
         "model.path": folder,
         "data.path": "none.jsonl",
@@ -59,22 +56,11 @@ def compiled_step(folder: str) -> Any:
     config = load_config(None, [f"--{name}={value}" for name, value in settings.items()])
     target = find_target("h200")
     with assume(target.device):
-        graph, trainable, frozen = split_weights(outline_of(config), "lora")
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((trainable, frozen)))
-    # XLA plans with four fifths of a GPU's memory, less what goes in and out.
-    described = re.sub(
-        r"device_memory_size: \d+",
-        f"device_memory_size: {int((weights + ON_HOST) / 0.8)}",
-        target.config,
-    )
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=described, topology="1x1x1"
-    )
-    mesh = topologies.make_mesh(topology, (1,), (DATA_AXIS,))
-    planned = Layout(ROWS, config.memory.checkpointing)
-    run = RunShape(config=config, mesh=mesh, total_steps=1000, planned=planned)
-    with assume(target.device):
-        return compile_step(run, graph, state_shapes(run, trainable), shapes(frozen, replicated(mesh)))
+        _, trainable, frozen = split_weights(outline_of(config), "lora")
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((trainable, frozen)))
+        # XLA plans with four fifths of a GPU's memory, less what goes in and out.
+        small = dataclasses.replace(target, memory=int((weights + ON_HOST) / 0.8))
+        return compile_step(*arguments_there(config, small, Layout(ROWS, config.memory.checkpointing)))
 
 
 def main() -> None:
@@ -88,10 +74,8 @@ def main() -> None:
 def found() -> dict[str, Any]:
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("JAX' CUDA plugin is not installed (lorajax[plan])")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-    settings = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": flags}
     command = [sys.executable, __file__]
-    done = subprocess.run(command, env=os.environ | settings, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=_environment(), check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
