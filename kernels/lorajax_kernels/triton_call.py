@@ -5,8 +5,10 @@ Modules of kernels import triton at their top, so they are loaded only where a k
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import sys
 from typing import Any
 
 import jax
@@ -115,9 +117,28 @@ def _jax_triton() -> tuple[Any, str]:
     if not hasattr(driver, "TMA_TF32"):
         # jax-triton 0.4 imports it, and without it takes Triton 3.6 for one without NVIDIA's backend.
         driver.TMA_TF32 = _TMA_TF32
+    _leave_torch_out()
     import jax_triton
 
     versions = f"triton {triton.__version__}, jax-triton {jax_triton.__version__}"
     keep_on_disk(getattr(jax_triton, "triton_lib", None), versions)
     release = tuple(int(part) for part in jax_triton.__version__.split(".")[:2])
     return jax_triton, "out_type" if release >= (0, 4) else "out_shape"
+
+
+def _leave_torch_out() -> None:
+    """Let Triton learn which classes it knows before it looks at a kernel's arguments, but not PyTorch's.
+
+    It would import PyTorch where that is installed, which takes seconds. It knows a tensor of PyTorch by its
+    data_ptr too.
+    """
+    if "torch" in sys.modules:
+        return
+    with contextlib.suppress(ImportError):
+        from triton._C.libtriton import native_specialize_impl
+
+        sys.modules["torch"] = None  # type: ignore[assignment]  # so that it cannot be imported
+        try:
+            native_specialize_impl(None, 0, False, False, False)
+        finally:
+            del sys.modules["torch"]

@@ -1,5 +1,6 @@
-"""Launching Triton kernels: both spellings of jax-triton, and what it needs of an older Triton."""
+"""Launching Triton kernels: both spellings of jax-triton, what it needs of Triton, and what it does not."""
 
+import importlib
 import sys
 import types
 
@@ -62,3 +63,56 @@ def test_an_older_triton_gets_the_name_that_jax_triton_imports(calls):
     _, driver = calls("0.4.1", TMA_TF32=12)
     module._jax_triton()
     assert driver.TMA_TF32 == 12
+
+
+@pytest.fixture
+def looks_for_torch(monkeypatch):
+    """looks_for_torch(): a Triton that imports torch where it can, as soon as it sees an argument.
+
+    Gives whether it found torch, each time it looked.
+    """
+
+    def pretend():
+        found = []
+
+        def look(backend, argument, is_const, specialize, align):
+            try:
+                importlib.import_module("torch")
+                found.append(True)
+            except ImportError:
+                found.append(False)
+            return "i32", None
+
+        library = types.SimpleNamespace(native_specialize_impl=look)
+        monkeypatch.setitem(sys.modules, "triton._C", types.SimpleNamespace(libtriton=library))
+        monkeypatch.setitem(sys.modules, "triton._C.libtriton", library)
+        return found
+
+    return pretend
+
+
+def test_triton_does_not_import_torch(calls, looks_for_torch, monkeypatch, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    calls("0.4.1", TMA_TF32=11)
+    found = looks_for_torch()
+    module._jax_triton()
+    assert found == [False]
+    assert "torch" not in sys.modules
+
+
+def test_torch_that_is_there_already_stays(calls, looks_for_torch, monkeypatch):
+    torch = types.ModuleType("torch")
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    calls("0.4.1", TMA_TF32=11)
+    found = looks_for_torch()
+    module._jax_triton()
+    assert found == []
+    assert sys.modules["torch"] is torch
+
+
+def test_a_triton_that_looks_at_arguments_in_another_way_is_left_alone(calls):
+    calls("0.4.1", TMA_TF32=11)
+    assert module._jax_triton()[1] == "out_type"
