@@ -128,7 +128,8 @@ class MemoryConfig:
     """Parts of a row's tokens that an MLP takes one after the other, for very long rows; null: chosen too
     with auto, otherwise 1. With more than 1 it keeps neither gate nor up."""
     budget: str | None = None
-    """Most GPU memory for weights, state and activations, such as 24GiB; null: what is free."""
+    """Most GPU memory for weights, state and activations, such as 24GiB; null: what is free. Besides, JAX'
+    allocator gets 2% and 64 MiB, because it gives memory in pieces, and CUDA's context takes up to 1 GiB."""
     host_budget: str | None = None
     """Most host memory for activations, such as 64GiB; null: half of what is free."""
 
