@@ -5,8 +5,8 @@
 
 Steps as in train_step.py, on rows of 512 tokens, in batches of 1, 2, 4 ... 256 rows: everything kept (none),
 layers computed again (full), their inputs in host memory (offload), and what is planned for a budget (auto),
-which may go over a large batch in several micro-batches. All cases are compiled first, --jobs at a time; then
-each runs for some steps in a process of its own, which tells its peak; then those that fit are timed in turns
+which may go over a large batch in several micro-batches. First, --jobs at a time, each case is compiled and
+then runs for some steps in a process of its own, which tells its peak; then those that fit are timed in turns
 in one process, as with train_step.py --alternate.
 
 The goals, which the result holds the figures against: the peak of auto stays within the budget at each
@@ -27,13 +27,11 @@ from train_step import (
     PACKAGES,
     cache_folder,
     compile_side_by_side,
-    is_refused,
     measure_together,
-    peaks_side_by_side,
 )
 
 POLICIES = ("none", "full", "offload", "auto")
-ROUNDS = 3
+ROUNDS, ROUND_SECONDS = 3, 2.0
 LENGTH, BATCHES = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MOST_GROWTH, LEAST_SPEED = 0.1, 0.95
 
@@ -49,11 +47,9 @@ def measure(
         return f"{model},{batch},{length},{kept},auto"
 
     cases = {case(policy, batch): (policy, batch) for policy in POLICIES for batch in batches}
-    found = compile_side_by_side(list(cases), 1, cache=cache, jobs=jobs)
-    ready = {name: row for name, row in found.items() if not is_refused(row)}
-    found |= peaks_side_by_side(ready, 1, cache=cache, jobs=jobs)
+    found = compile_side_by_side(list(cases), 1, cache=cache, jobs=jobs, peaks=True)
     fitting = [name for name, row in found.items() if "error" not in row]
-    for row in measure_together(fitting, 1, ROUNDS, cache=cache):
+    for row in measure_together(fitting, 1, ROUNDS, cache=cache, round_seconds=ROUND_SECONDS):
         found[row["case"]] = row | {"peak_gib": found[row["case"]]["peak_gib"]}
     rows = []
     for name, (policy, batch) in cases.items():

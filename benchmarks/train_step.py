@@ -46,7 +46,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,10 +162,10 @@ class Prepared:
         jax.block_until_ready(self.metrics)
         return (time.perf_counter() - began) / steps
 
-    def warm_up(self) -> int:
+    def warm_up(self, round_seconds: float) -> int:
         """Run the first steps; how many are to be queued at a time from now on."""
         self.run_steps(WARM_UP - 1)
-        return min(STEPS, max(FEWEST_STEPS, round(ROUND_SECONDS / self.run_steps(1))))
+        return min(STEPS, max(FEWEST_STEPS, round(round_seconds / self.run_steps(1))))
 
     def about(self) -> dict[str, Any]:
         """What is known without running it."""
@@ -335,7 +335,7 @@ def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
 
     claim_gpu_memory(Case.of(case).budget)
     prepared = prepare(case, segments)
-    steps = prepared.warm_up()
+    steps = prepared.warm_up(ROUND_SECONDS)
     seconds = [prepared.run_steps(steps) for _ in range(ROUNDS)]
     if profile:
         from kernel_times import kernel_times
@@ -368,13 +368,15 @@ def compile_alone(case: str, segments: int, share: str | None, *, runs: bool) ->
     return prepared.about() | {"peak_gib": round(peak_memory_bytes() / 2**30, 2)}
 
 
-def measure_alternately(cases: Sequence[str], segments: int, rounds: int) -> list[dict[str, Any]]:
+def measure_alternately(
+    cases: Sequence[str], segments: int, rounds: int, round_seconds: float
+) -> list[dict[str, Any]]:
     """All cases in this process, in turns."""
     from lorajax.memory.machine import claim_gpu_memory
 
     claim_gpu_memory(None)
     prepared = [prepare(case, segments) for case in cases]
-    steps = [each.warm_up() for each in prepared]
+    steps = [each.warm_up(round_seconds) for each in prepared]
     seconds: list[list[float]] = [[] for _ in cases]
     for number in range(rounds):
         indices = range(len(cases))
@@ -429,42 +431,35 @@ def in_process_of_its_own(case: str, segments: int, *options: str) -> dict[str, 
 
 
 def compile_side_by_side(
-    cases: Sequence[str], segments: int, *, cache: str, jobs: int
+    cases: Sequence[str], segments: int, *, cache: str, jobs: int, peaks: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Fill a compilation cache, each case in a process of its own; case -> its row without times.
 
     Args:
         cache: folder.
         jobs: processes at a time.
+        peaks: once all are compiled, those that can be run also run for some steps in another process, whose
+            peak is then that of the steps. As many at a time as fit by their plans.
     """
     if not cases:
         return {}
-    options, _ = _options_of_compiling(cache)
-    began = time.perf_counter()
-    with ThreadPoolExecutor(jobs) as pool:
-        rows = list(pool.map(lambda case: in_process_of_its_own(case, segments, *options), cases))
-    print(f"compiled {len(cases)} cases in {time.perf_counter() - began:.0f} s", flush=True)
-    return dict(zip(cases, rows, strict=True))
-
-
-def peaks_side_by_side(
-    compiled: Mapping[str, dict[str, Any]], segments: int, *, cache: str, jobs: int
-) -> dict[str, dict[str, Any]]:
-    """case -> its row with peak_gib, each run for some steps in a process of its own.
-
-    Args:
-        compiled: of compile_side_by_side; as many run at a time as fit by their plans.
-        cache, jobs: as there.
-    """
     options, limit = _options_of_compiling(cache)
     room = Room(limit or 0.0)
+    began = time.perf_counter()
 
-    def run(case: str) -> dict[str, Any]:
-        with room.taken(compiled[case].get("planned_gib", math.inf) + CONTEXT_GIB):
+    def run(case: str, row: dict[str, Any]) -> dict[str, Any]:
+        if is_refused(row):
+            return row
+        with room.taken(row.get("planned_gib", math.inf) + CONTEXT_GIB):
             return in_process_of_its_own(case, segments, *options, "--peak")
 
     with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(compiled, pool.map(run, compiled), strict=True))
+        rows = list(pool.map(lambda case: in_process_of_its_own(case, segments, *options), cases))
+        print(f"compiled {len(cases)} cases in {time.perf_counter() - began:.0f} s", flush=True)
+        if peaks:
+            rows = list(pool.map(run, cases, rows))
+            print(f"ran them, {time.perf_counter() - began:.0f} s", flush=True)
+    return dict(zip(cases, rows, strict=True))
 
 
 def _options_of_compiling(cache: str) -> tuple[list[str], float | None]:
@@ -494,11 +489,14 @@ def measure_in_turn(
         yield row if is_refused(row) else in_process_of_its_own(case, segments, *options)
 
 
-def measure_together(cases: Sequence[str], segments: int, rounds: int, *, cache: str) -> list[dict[str, Any]]:
+def measure_together(
+    cases: Sequence[str], segments: int, rounds: int, *, cache: str, round_seconds: float = ROUND_SECONDS
+) -> list[dict[str, Any]]:
     """measure_alternately in a process of its own, which leaves the GPU free again."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         options = [f"--segments={segments}", f"--alternate={rounds}", f"--cache={cache}", f"--out={out}"]
+        options.append(f"--round-seconds={round_seconds}")
         subprocess.run([sys.executable, __file__, *cases, *options], stdout=subprocess.DEVNULL, check=True)
         return json.loads(out.read_text(encoding="utf-8"))["rows"]
 
@@ -542,6 +540,9 @@ def arguments_of_command() -> argparse.Namespace:
     )
     parser.add_argument("--segments", type=int, default=1, help="documents on a row")
     parser.add_argument("--alternate", type=int, metavar="N", help="in one process, N rounds in turns")
+    parser.add_argument(
+        "--round-seconds", type=float, default=ROUND_SECONDS, help="with --alternate: of a round at most"
+    )
     parser.add_argument("--cache", metavar="FOLDER", help="of compiled programs; made where it is missing")
     parser.add_argument(
         "--jobs", type=int, default=0, help="compile so many cases at a time, before any runs"
@@ -585,7 +586,7 @@ def rows_of(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 compile_side_by_side(list(dict.fromkeys(cases)), segments, cache=cache, jobs=jobs)
             if cache:
                 use_cache(cache)
-            yield from measure_alternately(cases, segments, arguments.alternate)
+            yield from measure_alternately(cases, segments, arguments.alternate, arguments.round_seconds)
         else:
             yield from measure_in_turn(cases, segments, cache=cache, jobs=jobs)
 
