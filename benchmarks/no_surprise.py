@@ -15,8 +15,8 @@ evaluation, answers to prompts before and after, and a checkpoint half-way. What
 The goal is that none fails, and that half of them run at least. A draw follows from its seed and number, and
 can be repeated with --here NUMBER; the result is written after each, and --resume goes on from it, where it
 is of the same commit, GPU and seed. --jobs runs several side by side on one GPU: a budget is at most LARGEST.
-A peak is what the allocator has given away; rather than keep less than 128 MiB, it gives all that it has, which
-is 2% and 64 MiB more than the budget.
+A peak is what the allocator has given away; rather than keep less than 128 MiB, it gives all that it has,
+which is 2% and 64 MiB more than the budget.
 """
 
 from __future__ import annotations

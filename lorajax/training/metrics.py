@@ -129,8 +129,8 @@ _TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WandB}
 def peak_memory_bytes() -> int:
     """Most memory used so far: of the first GPU, or, on a CPU, of this process.
 
-    Of a GPU it is what JAX' allocator has given away. Rather than keep less than 128 MiB, it gives all that it
-    has: with a small memory.budget the peak may be that much over what is planned.
+    Of a GPU it is what JAX' allocator has given away. Rather than keep less than 128 MiB, it gives all that
+    it has: with a small memory.budget the peak may be that much over what is planned.
     """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:

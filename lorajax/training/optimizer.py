@@ -1,4 +1,4 @@
-"""AdamW and the course of its learning rate, from the train section of the config."""
+"""AdamW, the course of its learning rate, and its update, from the train section of the config."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from lorajax.config import TrainConfig
+from lorajax.training.weights import Weights
 
 
 def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedule:
@@ -52,6 +53,57 @@ def adamw(train: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransfo
     )
     clip = _clip_by_known_norm(train.max_grad_norm) if train.max_grad_norm else optax.identity()
     return optax.chain(clip, update)
+
+
+def updated(
+    optimizer: optax.GradientTransformationExtraArgs,
+    gradient: Weights,
+    state: Any,
+    weights: Weights,
+    *,
+    norm: Float[Array, ""],
+    finite: Bool[Array, ""],
+) -> tuple[Weights, Any]:
+    """Weights and the optimizer's state after an update, or, where it is not finite, as they were.
+
+    The update of a weight is a function of that weight alone, so that JAX traces one for each shape: a model
+    has hundreds of adapters in a few shapes, and optax takes some twenty operations for each.
+
+    Args:
+        optimizer: of adamw.
+        gradient: of the weights.
+        norm: of the whole gradient.
+        finite: of the step.
+    """
+
+    def is_one_of_each(part: Any) -> bool:
+        return isinstance(part, dict) and part.keys() == weights.keys()
+
+    parts, tree = jax.tree.flatten(state, is_leaf=is_one_of_each)
+    of_each = [is_one_of_each(part) for part in parts]
+
+    def chosen(parts: list[Any], name: str) -> list[Any]:
+        return [part[name] if of else part for part, of in zip(parts, of_each, strict=True)]
+
+    @jax.jit
+    def update(gradient: Array, parts: list[Array], weight: Array, norm: Array, finite: Array) -> Any:
+        one = [{"": part} if of else part for part, of in zip(parts, of_each, strict=True)]
+        change, after = optimizer.update(
+            {"": gradient}, jax.tree.unflatten(tree, one), {"": weight}, norm=norm
+        )
+        new = optax.apply_updates({"": weight}, change)[""], jax.tree.leaves(after)
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (weight, parts))
+
+    found = {
+        name: update(gradient[name], chosen(parts, name), weight, norm, finite)
+        for name, weight in weights.items()
+    }
+    after = []
+    for index, of in enumerate(of_each):
+        of_weights = {name: parts[index] for name, (_, parts) in found.items()}
+        # What all weights share, such as the number of updates, is the same from each.
+        after.append(of_weights if of else next(iter(of_weights.values())))
+    return {name: new for name, (new, _) in found.items()}, jax.tree.unflatten(tree, after)
 
 
 def _clip_by_known_norm(largest: float) -> optax.GradientTransformationExtraArgs:

@@ -21,6 +21,7 @@ from lorajax_kernels.device import split_over
 from lorajax.memory.policy import Checkpointing
 from lorajax.models.decoder import Decoder
 from lorajax.sharding import DATA_AXIS
+from lorajax.training.optimizer import updated
 from lorajax.training.weights import Weights, by_layer, by_name, merge_weights
 
 # tokens, targets, segment_ids, positions int32 and weights float32: A micro-batches of B rows.
@@ -151,13 +152,10 @@ def make_train_step(
         metrics = StepMetrics(loss, norm, jnp.asarray(schedule(state.updates), jnp.float32), scale)
         # A step that is not finite leaves everything as it was, so that the last good state can be kept.
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable, norm=norm)
-        updated = (optax.apply_updates(state.trainable, updates), opt_state, state.updates + 1)
-        trainable, opt_state, made = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            updated,
-            (state.trainable, state.opt_state, state.updates),
+        trainable, opt_state = updated(
+            optimizer, gradient, state.opt_state, state.trainable, norm=norm, finite=finite
         )
+        made = jnp.where(finite, state.updates + 1, state.updates)
         next_scale = _next_loss_scale(state.loss_scale, finite) if scale_loss else state.loss_scale
         return TrainState(trainable, opt_state, made, state.key, next_scale), metrics
 

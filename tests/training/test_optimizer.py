@@ -1,11 +1,13 @@
 """AdamW and its learning rate, against plain NumPy and against transformers' schedulers."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from lorajax.config import TrainConfig
-from lorajax.training.optimizer import adamw, learning_rate_schedule
+from lorajax.training.optimizer import adamw, learning_rate_schedule, updated
 
 SCHEDULES = [
     ("linear", 0),
@@ -53,6 +55,10 @@ def test_learning_rates_are_those_of_transformers(kind, warmup):
         theirs.step()
 
 
+# Of a layer's weights.
+SHAPES = {"a": (2, 4), "b": (3, 2), "again": (2, 4), "norm": (4,)}
+
+
 def plain_adamw(weights, gradients, rates, train):
     """The weights after a step for each gradient, in float64; all leaves with two axes decay."""
     weights = {name: leaf.astype(np.float64) for name, leaf in weights.items()}
@@ -96,8 +102,8 @@ def test_adamw_is_the_plain_formula(max_grad_norm, weight_decay):
     optimizer = adamw(train, schedule)
     found, state = weights, optimizer.init(weights)
     for gradient in gradients:
-        updates, state = optimizer.update(gradient, state, found, norm=optax.tree.norm(gradient))
-        found = optax.apply_updates(found, updates)
+        norm = optax.tree.norm(gradient)
+        found, state = updated(optimizer, gradient, state, found, norm=norm, finite=jnp.bool_(True))
 
     def expected(**changes):
         rates = [float(schedule(step)) for step in range(len(gradients))]
@@ -128,3 +134,59 @@ def test_only_matrices_decay():
     updates, _ = optimizer.update(still, optimizer.init(weights), weights, norm=optax.tree.norm(still))
     np.testing.assert_allclose(updates["matrix"], -0.05, rtol=1e-6)
     np.testing.assert_array_equal(updates["norm"], 0)
+
+
+@pytest.fixture
+def many():
+    """(weights, their gradients, an optimizer, the shapes of weights that it has been traced for)."""
+    rng = np.random.default_rng(0)
+    shapes = {f"layers.{layer}.{name}": shape for layer in range(3) for name, shape in SHAPES.items()}
+    weights, gradients = (
+        {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(2)
+    )
+    train = TrainConfig(learning_rate=0.1, weight_decay=0.5, warmup_steps=2)
+    optimizer, traced = adamw(train, learning_rate_schedule(train, 5)), []
+
+    def update(gradient, state, weights, **options):
+        traced.extend(leaf.shape for leaf in weights.values())
+        return optimizer.update(gradient, state, weights, **options)
+
+    return weights, gradients, optax.GradientTransformationExtraArgs(optimizer.init, update), traced
+
+
+def test_weight_by_weight_is_the_update_of_all_at_once(many):
+    weights, gradients, optimizer, _ = many
+
+    @jax.jit
+    def at_once(gradients, state, weights):
+        changes, state = optimizer.update(gradients, state, weights, norm=optax.tree.norm(gradients))
+        return optax.apply_updates(weights, changes), state
+
+    @jax.jit
+    def by_weight(gradients, state, weights):
+        norm = optax.tree.norm(gradients)
+        return updated(optimizer, gradients, state, weights, norm=norm, finite=jnp.bool_(True))
+
+    expected, found = [(weights, optimizer.init(weights))] * 2
+    for _ in range(3):
+        expected = at_once(gradients, expected[1], expected[0])
+        found = by_weight(gradients, found[1], found[0])
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), found, expected)
+    assert {int(count) for count in jax.tree.leaves(found[1]) if count.ndim == 0} == {3}
+
+
+def test_each_shape_is_traced_once(many):
+    weights, gradients, optimizer, traced = many
+    jax.jit(lambda *arrays: updated(optimizer, *arrays, norm=jnp.float32(1), finite=jnp.bool_(True))).lower(
+        gradients, optimizer.init(weights), weights
+    )
+    assert sorted(traced) == sorted(set(SHAPES.values()))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(many):
+    weights, gradients, optimizer, _ = many
+    state = optimizer.init(weights)
+    _, state = updated(optimizer, gradients, state, weights, norm=jnp.float32(1), finite=jnp.bool_(True))
+    found = updated(optimizer, gradients, state, weights, norm=jnp.float32(jnp.nan), finite=jnp.bool_(False))
+    jax.tree.map(np.testing.assert_array_equal, found, (weights, state))
