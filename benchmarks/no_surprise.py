@@ -5,8 +5,8 @@
 
 Each draw is a Llama of random shape and weights, data, settings, and a memory.budget between what the weights
 take and about what a step takes that keeps every activation. lorajax.fit trains it in a process of its own,
-in which JAX' allocator has the budget and no more: 10 steps on rows that are as long as they may be,
-evaluation, answers to prompts before and after, and a checkpoint half-way. What comes of it:
+in which JAX' allocator has the budget, and 2% and 64 MiB to divide it: 10 steps on rows that are as long as
+they may be, evaluation, answers to prompts before and after, and a checkpoint half-way. What comes of it:
 
     ran       to the end, with all that it should leave behind
     refused   when it was planned, before the first step
@@ -15,8 +15,7 @@ evaluation, answers to prompts before and after, and a checkpoint half-way. What
 The goal is that none fails, and that half of them run at least. A draw follows from its seed and number, and
 can be repeated with --here NUMBER; the result is written after each, and --resume goes on from it, where it
 is of the same commit, GPU and seed. --jobs runs several side by side on one GPU: a budget is at most LARGEST.
-A peak is what the allocator has given away; rather than keep less than 128 MiB, it gives all that it has,
-which is 2% and 64 MiB more than the budget.
+A peak is what the allocator has given away; rather than keep less than 128 MiB, it gives all that it has.
 """
 
 from __future__ import annotations
