@@ -76,34 +76,27 @@ def updated(
         finite: of the step.
     """
 
-    def is_one_of_each(part: Any) -> bool:
-        return isinstance(part, dict) and part.keys() == weights.keys()
-
-    parts, tree = jax.tree.flatten(state, is_leaf=is_one_of_each)
-    of_each = [is_one_of_each(part) for part in parts]
-
-    def chosen(parts: list[Any], name: str) -> list[Any]:
-        return [part[name] if of else part for part, of in zip(parts, of_each, strict=True)]
-
     @jax.jit
-    def update(gradient: Array, parts: list[Array], weight: Array, norm: Array, finite: Array) -> Any:
-        one = [{"": part} if of else part for part, of in zip(parts, of_each, strict=True)]
-        change, after = optimizer.update(
-            {"": gradient}, jax.tree.unflatten(tree, one), {"": weight}, norm=norm
-        )
-        new = optax.apply_updates({"": weight}, change)[""], jax.tree.leaves(after)
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (weight, parts))
+    def update(gradient: Weights, state: Any, weights: Weights, norm: Array, finite: Array) -> Any:
+        changes, after = optimizer.update(gradient, state, weights, norm=norm)
+        new = optax.apply_updates(weights, changes), after
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (weights, state))
 
-    found = {
-        name: update(gradient[name], chosen(parts, name), weight, norm, finite)
-        for name, weight in weights.items()
-    }
-    after = []
-    for index, of in enumerate(of_each):
-        of_weights = {name: parts[index] for name, (_, parts) in found.items()}
+    def holds_all(part: Any) -> bool:
+        return isinstance(part, dict)  # optax' own containers are tuples
+
+    def alone(name: str) -> Any:
+        parts = (gradient, state, weights)
+        return jax.tree.map(
+            lambda part: {"": part[name]} if holds_all(part) else part, parts, is_leaf=holds_all
+        )
+
+    def together(old: Any, *new: Any) -> Any:
         # What all weights share, such as the number of updates, is the same from each.
-        after.append(of_weights if of else next(iter(of_weights.values())))
-    return {name: new for name, (new, _) in found.items()}, jax.tree.unflatten(tree, after)
+        return {name: part[""] for name, part in zip(weights, new, strict=True)} if holds_all(old) else new[0]
+
+    found = [update(*alone(name), norm, finite) for name in weights]
+    return jax.tree.map(together, (weights, state), *found, is_leaf=holds_all)
 
 
 def _clip_by_known_norm(largest: float) -> optax.GradientTransformationExtraArgs:
