@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from lorajax.config import TrainConfig
-from lorajax.training.weights import Weights
+from lorajax.training.weights import Weights, by_layer, by_name
 
 
 def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedule:
@@ -36,23 +36,24 @@ def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedu
 
 
 def adamw(train: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, then AdamW (Loshchilov and Hutter, 2019); only matrices decay.
+    """Clipping by global norm, then AdamW (Loshchilov and Hutter, 2019) of by_layer's arrays.
 
-    Its update takes the gradient's global norm as the keyword `norm`.
+    Its update takes the gradient's global norm as the keyword `norm`, and `decaying` in place of the weights.
     """
     # optax computes 1 - beta as given, but 1 - beta**count in float32. They agree for a beta that float32
     # holds; with 0.999 itself, hundreds of steps would be too short by 6e-6 of their length.
     beta1, beta2 = float(np.float32(train.adam_beta1)), float(np.float32(train.adam_beta2))
-    update = optax.adamw(
-        schedule,
-        b1=beta1,
-        b2=beta2,
-        eps=train.adam_epsilon,
-        weight_decay=train.weight_decay,
-        mask=lambda weights: jax.tree.map(lambda leaf: leaf.ndim > 1, weights),
+    return optax.chain(
+        _clip_by_known_norm(train.max_grad_norm) if train.max_grad_norm else optax.identity(),
+        optax.scale_by_adam(beta1, beta2, train.adam_epsilon),
+        optax.add_decayed_weights(train.weight_decay) if train.weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(schedule),
     )
-    clip = _clip_by_known_norm(train.max_grad_norm) if train.max_grad_norm else optax.identity()
-    return optax.chain(clip, update)
+
+
+def decaying(weights: Weights) -> Weights:
+    """The weights that decay, which matrices do, as by_layer has them; 0 in place of the others."""
+    return by_layer({name: leaf if leaf.ndim > 1 else jnp.zeros_like(leaf) for name, leaf in weights.items()})
 
 
 def updated(
@@ -66,37 +67,22 @@ def updated(
 ) -> tuple[Weights, Any]:
     """Weights and the optimizer's state after an update, or, where it is not finite, as they were.
 
-    The update of a weight is a function of that weight alone, so that JAX traces one for each shape: a model
-    has hundreds of adapters in a few shapes, and optax takes some twenty operations for each.
+    An update takes some twenty operations. A model has hundreds of adapters, and XLA looks at each pair of
+    operations that read the same number, such as the learning rate: at 80 layers that took longer than all
+    else. So the adapters of a layer, and their moments, are updated as one array.
 
     Args:
-        optimizer: of adamw.
-        gradient: of the weights.
+        optimizer: of adamw; `state` is its state over by_layer(weights).
+        gradient: of by_layer(weights).
         norm: of the whole gradient.
         finite: of the step.
     """
-
-    @jax.jit
-    def update(gradient: Weights, state: Any, weights: Weights, norm: Array, finite: Array) -> Any:
-        changes, after = optimizer.update(gradient, state, weights, norm=norm)
-        new = optax.apply_updates(weights, changes), after
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (weights, state))
-
-    def holds_all(part: Any) -> bool:
-        return isinstance(part, dict)  # optax' own containers are tuples
-
-    def alone(name: str) -> Any:
-        parts = (gradient, state, weights)
-        return jax.tree.map(
-            lambda part: {"": part[name]} if holds_all(part) else part, parts, is_leaf=holds_all
-        )
-
-    def together(old: Any, *new: Any) -> Any:
-        # What all weights share, such as the number of updates, is the same from each.
-        return {name: part[""] for name, part in zip(weights, new, strict=True)} if holds_all(old) else new[0]
-
-    found = [update(*alone(name), norm, finite) for name in weights]
-    return jax.tree.map(together, (weights, state), *found, is_leaf=holds_all)
+    changes, after = optimizer.update(gradient, state, decaying(weights), norm=norm)
+    changes = jax.tree.map(lambda change: jnp.where(finite, change, 0), changes)
+    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+    # Once for a layer, not again for each of its weights.
+    changes = jax.lax.optimization_barrier(changes)
+    return optax.apply_updates(weights, by_name(changes, weights)), after
 
 
 def _clip_by_known_norm(largest: float) -> optax.GradientTransformationExtraArgs:

@@ -86,6 +86,9 @@ _OPTIONS: dict[str, Any] = {
     # Per cent of the GPU's memory that XLA believes to have. It counts what is in host memory as well, and
     # would make again what there is room for: 3% of the kernels' time of an 8B step with 4.7 GiB there.
     "xla_gpu_memory_limit_slop_factor": 10_000,
+    # Products are cuBLAS'. Triton's are no faster in our steps, each is timed in many ways first, and a
+    # program that is compiled without a GPU, where nothing can be timed, would not be the one that runs.
+    "xla_gpu_enable_triton_gemm": False,
 }
 
 

@@ -50,8 +50,8 @@ class TrainState(NamedTuple):
     """All that a step changes.
 
     Attributes:
-        trainable: float32 leaves.
-        opt_state: optax's, over `trainable`.
+        trainable: float32 leaves, by name.
+        opt_state: optax's, over by_layer(trainable).
         updates: updates made so far; a step whose gradient is not finite makes none.
         key: data of the dropout's key (jax.random.key_data); each update folds its number in. With a typed
             key among its results the step would miss JAX' fast path of dispatch.
@@ -100,7 +100,7 @@ def init_state(
         scale = _LARGEST_FLOAT16_LOSS / 2 ** (tokens_per_step - 1).bit_length()
     return TrainState(
         trainable,
-        optimizer.init(trainable),
+        optimizer.init(jax.eval_shape(by_layer, trainable)),
         jnp.zeros((), jnp.int32),
         jax.random.key_data(jax.random.key(seed)),
         LossScale(jnp.asarray(scale, jnp.float32), jnp.zeros((), jnp.int32)),
@@ -148,7 +148,8 @@ def make_train_step(
             train_head=train_head,
             loss_scale=scale,
         )
-        norm = optax.tree.norm(by_layer(gradient))
+        gradient = by_layer(gradient)
+        norm = optax.tree.norm(gradient)
         metrics = StepMetrics(loss, norm, jnp.asarray(schedule(state.updates), jnp.float32), scale)
         # A step that is not finite leaves everything as it was, so that the last good state can be kept.
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)

@@ -43,7 +43,8 @@ def by_layer(weights: Weights) -> Weights:
     found: Weights = {}
     for layer, names in _layers(weights):
         leaves = [weights[name] for name in names]
-        found |= {layer: joined(leaves)} if joins(leaves) else dict(zip(names, leaves, strict=True))
+        together = names != [layer] and joins(leaves)
+        found |= {layer: joined(leaves)} if together else dict(zip(names, leaves, strict=True))
     return found
 
 
@@ -51,7 +52,7 @@ def by_name(weights: Weights, like: Weights) -> Weights:
     """What by_layer has joined, under the names and in the shapes of `like`."""
     found: Weights = {}
     for layer, names in _layers(like):
-        if layer in weights:
+        if layer in weights and names != [layer]:
             leaves = apart(weights[layer], [like[name] for name in names])
             found |= dict(zip(names, leaves, strict=True))
     return {name: found[name] if name in found else weights[name] for name in like}

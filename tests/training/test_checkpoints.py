@@ -207,8 +207,8 @@ def test_a_checkpoint_of_another_structure_is_refused_with_all_that_differs(tmp_
         f"{tmp_path / '1'} does not fit this run's model and settings: "
         "trainable/head.weight is missing; "
         "trainable/layer.lora_a has shape (2, 3), not (4, 3); "
-        "opt_state/1/0/mu/layer.lora_a has shape (2, 3), not (4, 3); "
-        "opt_state/1/0/mu/layer.lora_b has shape (5, 2), not (5, 4); and 3 more"
+        "opt_state/1/mu/layer.lora_a has shape (2, 3), not (4, 3); "
+        "opt_state/1/mu/layer.lora_b has shape (5, 2), not (5, 4); and 3 more"
     )
     less = {"layer.lora_a": make_state().trainable["layer.lora_a"]}
     with pytest.raises(UserError, match=r"settings: trainable/layer\.lora_b is not part of it$"):
