@@ -355,9 +355,12 @@ def compile_alone(case: str, segments: int, share: str | None, *, runs: bool) ->
     from lorajax.memory.machine import claim_gpu_memory
     from lorajax.training.metrics import peak_memory_bytes
 
-    # A plan depends on how much JAX may take: it may take as much as when it runs, but takes what it needs.
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     budget = Case.of(case).budget
+    if not (runs and budget):
+        # A plan depends on how much JAX may take: it may take as much as when it runs, but takes what it
+        # needs. Within a budget it takes all at once, as when it runs: piece by piece, what is free would be
+        # in several places, none of them as large as what a step needs.
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if share is not None and budget is None:
         os.environ["XLA_CLIENT_MEM_FRACTION"] = share
     claim_gpu_memory(budget)
@@ -450,7 +453,12 @@ def compile_side_by_side(
     def run(case: str, row: dict[str, Any]) -> dict[str, Any]:
         if is_refused(row):
             return row
-        with room.taken(row.get("planned_gib", math.inf) + CONTEXT_GIB):
+        from lorajax.config import parse_size
+
+        budget = row.get("budget")
+        # What compile_alone lets it take.
+        gib = 1.03 * parse_size(budget) / 2**30 if budget else row.get("planned_gib", math.inf)
+        with room.taken(gib + CONTEXT_GIB):
             return in_process_of_its_own(case, segments, *options, "--peak")
 
     with ThreadPoolExecutor(jobs) as pool:
