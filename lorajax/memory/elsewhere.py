@@ -5,8 +5,8 @@ libraries. The plugin is loaded in a process of its own, which this module is to
 requests from a JSON file and writes a line of JSON for each as soon as it is compiled.
 
 What differs from the GPU's own program: kernels of libraries are stood in for by calls of the same operands,
-results and workspace (lorajax_kernels.device.assume), and ways to multiply are not timed, so that a product
-may take another workspace than there.
+results and workspace (lorajax_kernels.device.assume), and ways to multiply are not timed. Those differ in
+time, not in memory: cuBLAS makes the products here and there, and each has the same workspace.
 """
 
 from __future__ import annotations
@@ -232,9 +232,6 @@ def _compile(request: dict[str, Any]) -> Compiled:
             _, memory = compile_evaluation(*arguments)
         else:
             memory = compile_step(*arguments).memory
-    # Ways to multiply are not timed here, and without that XLA makes all products itself. On H100s steps took
-    # the workspace of cuBLAS more than when they were compiled so.
-    memory = dataclasses.replace(memory, temporaries=memory.temporaries + target.cublas_workspace)
     return Compiled(**dataclasses.asdict(memory), seconds=round(time.perf_counter() - began, 1))
 
 

@@ -74,11 +74,6 @@ class Target:
         )
 
     @property
-    def cublas_workspace(self) -> int:
-        """Bytes that XLA gives a product which cuBLAS makes, as it mostly does where products are timed."""
-        return (32 if self.compute_capability >= HOPPER else 4) * 2**20
-
-    @property
     def config(self) -> str:
         """For XLA's compiler, a stream_executor.GpuTargetConfigProto as text."""
         major, minor = max(self.compute_capability, _OLDEST)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -18,31 +20,29 @@ pytestmark = pytest.mark.slow  # and plain arithmetic, whatever JAX there is
 GIB = 2**30
 NAMED = {name: "save" for name in ACTIVATIONS}
 AWAY = {"block_input": "offload", "gradient": "offload"}
-GATES = {"gate": "save", "up": "save", "lora_hidden": "save"}
 
-# (model, rows, length, micro-batches, kept, ms of a step, GiB of temporaries): benchmarks/train_step.py on an
-# H200 (jax 0.11.2), some of them the runs that the costs were drawn from.
+# What layouts took on an H200: benchmarks/auto_choice.py, and train_step.py with --alternate.
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 MEASURED = [
-    ("1b", 8, 2048, 1, NAMED, 178.7, 13.14),
-    ("1b", 8, 2048, 1, NAMED | {"block_input": "offload"}, 184.6, 12.21),
-    ("1b", 8, 2048, 1, GATES, 202.4, 9.73),
-    ("1b", 8, 2048, 1, "full", 227.4, 2.20),
-    ("1b", 8, 2048, 1, "offload", 229.5, 1.32),
-    ("1b", 8, 2048, 8, "none", 204.2, 1.98),
-    ("1b", 8, 2048, 4, "none", 194.9, None),
-    ("8b", 4, 4096, 1, "full", 1337.6, 6.17),
-    ("8b", 4, 4096, 1, "offload", 1334.6, 2.41),
+    row
+    for name in ("auto_choice-h200.json", "offload_8b-h200.json")
+    for row in json.loads((RESULTS / name).read_text(encoding="utf-8"))["rows"]
+    if row["model"] in ("1b", "8b") and row["checkpointing"] != "auto"
 ]
 
 
-@pytest.mark.parametrize("model, rows, length, count, kept, ms, gib", MEASURED)
-def test_estimates_are_near_what_was_measured(model, rows, length, count, kept, ms, gib, problem):
-    found = estimate(problem(model, rows=rows, length=length), Layout(rows // count, kept))
-    assert found.micro_batches == count
-    assert found.seconds * 1e3 == pytest.approx(ms, rel=0.05)
-    if gib is not None:
-        temporary = (found.device.activations + found.device.workspace) / GIB
-        assert temporary == pytest.approx(gib, abs=0.3)
+@pytest.mark.parametrize("row", [pytest.param(row, id=row["case"]) for row in MEASURED])
+def test_estimates_are_near_what_was_measured(row, problem):
+    kept = row["checkpointing"]
+    kept = json.loads(kept) if kept.startswith("{") else kept
+    rows = row["batch"] * row["micro_batches"]
+    found = estimate(problem(row["model"], rows=rows, length=row["length"]), Layout(row["batch"], kept))
+    assert found.micro_batches == row["micro_batches"]
+    # Where the link is what a step waits for, copies take longer than at the pace of a link that is alone.
+    waits = isinstance(kept, dict) and kept.get("gate") == "offload"
+    assert found.seconds * 1e3 == pytest.approx(row["ms"], rel=0.1 if waits else 0.03)
+    temporary = (found.device.activations + found.device.workspace) / GIB
+    assert temporary == pytest.approx(row["temporary_gib"], abs=0.3)
 
 
 def test_offloading_more_than_the_link_moves_costs_the_time_of_the_copies(problem):
