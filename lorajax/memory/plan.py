@@ -269,15 +269,14 @@ def make_plan(problem: Problem, config: Config, *, device: Device, budget: int, 
         return choose_again(plan)
     rows = config.train.per_device_train_batch_size
     layers = problem.workload(rows).options.num_layers
-    policy = Policy.of(checkpointing, layers)
-    if policy.offloads and not problem.offloads:
+    if Policy.of(checkpointing, layers).offloads and not problem.offloads:
         raise UserError(
             f"memory.checkpointing keeps activations in host memory, but {device.kind} has no pinned host "
             "memory to keep them in; set it to auto"
         )
     if sum(problem.fixed) > budget:
         raise UserError(refusal(plan))
-    return replace(plan, chosen=estimate(problem, Layout(rows, policy, config.memory.mlp_chunks or 1)))
+    return replace(plan, chosen=estimate(problem, Layout(rows, checkpointing, config.memory.mlp_chunks or 1)))
 
 
 def _advice(dtype: str, device: Device) -> str | None:

@@ -125,9 +125,19 @@ def estimates(problem: Problem) -> list[Estimate]:
 
 
 def estimate(problem: Problem, layout: Layout) -> Estimate:
-    """What a given layout is expected to cost."""
+    """What a given layout is expected to cost.
+
+    Of the preset "offload", gradients stay on the GPU where those of a layer are larger than its input, as in
+    steps of few tokens: their copies would have nothing to hide behind.
+    """
     work = problem.workload(layout.rows)
-    policy = Policy.of(layout.checkpointing, work.options.num_layers)
+    layers = work.options.num_layers
+    policy = Policy.of(layout.checkpointing, layers)
+    if (
+        layout.checkpointing == "offload"
+        and 4 * work.trainable > layers * work.activation_bytes["block_input"]
+    ):
+        policy = policy.with_gradients_here()
     if layout.mlp_chunks > 1:
         policy = policy.without(*MADE_IN_CHUNKS)
     return _estimate(problem, Costs(work, problem.rates), layout._replace(checkpointing=policy))

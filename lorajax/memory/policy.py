@@ -146,6 +146,10 @@ class Policy:
         )
         return replace(self, layers=tuple(layers))
 
+    def with_gradients_here(self) -> Policy:
+        """With no layer's gradient in host memory."""
+        return replace(self, layers=tuple(replace(layer, gradient_away=False) for layer in self.layers))
+
     @property
     def keeps_everything(self) -> bool:
         return all(layer == EVERYTHING for layer in self.layers)

@@ -62,6 +62,18 @@ def test_gradients_on_the_host_are_counted_there(problem):
     assert here.device.total - there.device.total == gradients
 
 
+@pytest.mark.parametrize("rows, away", [(1, False), (2, False), (4, True)])
+def test_offload_leaves_gradients_where_they_are_larger_than_what_they_hide_behind(rows, away, problem):
+    """5.6 MB a layer, and 512 tokens are 2.1 MB of a layer's input."""
+    some = problem("1b", rows=rows, length=512)
+    found = estimate(some, Layout(rows, "offload"))
+    assert {layer.gradient_away for layer in found.layout.checkpointing.layers} == {away}
+    assert found == estimate(some, Layout(rows, AWAY if away else {"block_input": "offload"}))
+    assert all(
+        layer.gradient_away for layer in estimate(some, Layout(rows, AWAY)).layout.checkpointing.layers
+    )
+
+
 def test_the_smallest_layout_has_its_gradients_on_the_host(problem):
     smallest = min(
         estimates(problem("8b", rows=4, length=4096)), key=lambda option: option.device.total
