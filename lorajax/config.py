@@ -121,8 +121,8 @@ class MemoryConfig:
     """How device memory is traded for time."""
 
     checkpointing: str | dict[str, str] = "auto"
-    """What layers keep for the backward pass: auto (chosen for the memory that there is), none (all that has a
-    name), full (only each layer's input), offload (those in host memory, and gradients that are no larger),
+    """What layers keep for the backward pass: auto (chosen for the memory that there is), none (all that has
+    a name), full (only each layer's input), offload (those in host memory, and gradients that are no larger),
     or by the name of an activation: save, offload or recompute, and gradient: offload."""
     mlp_chunks: int | None = None
     """Parts of a row's tokens that an MLP takes one after the other, for very long rows; null: chosen too

@@ -31,7 +31,7 @@ def config_of(tmp_path):
         "model_type": "llama",
         "vocab_size": 4096,
         "hidden_size": 256,
-        "intermediate_size": 1024,
+        "intermediate_size": 2048,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -130,7 +130,7 @@ def test_memory_grows_with_rows_layers_and_what_is_kept(config_of):
     found = list(compile_variants(config_of(), find_target("l4"), variants))
     whole, half, uneven, other, deeper, deepest, in_chunks = found
     assert half.temporaries < 0.7 * whole.temporaries and half.arguments == whole.arguments
-    assert in_chunks.temporaries < whole.temporaries - 2**20  # attention needs nearly as much as a whole MLP
+    assert in_chunks.temporaries < 0.8 * whole.temporaries
     assert half.temporaries < other.temporaries < whole.temporaries
     assert other.arguments > whole.arguments  # six rows, not four
     assert deeper.temporaries > 1.3 * whole.temporaries and deeper.arguments > other.arguments
