@@ -122,7 +122,7 @@ def compile_variants(
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=_environment(),
+            env=environment_there(),
         )
         timer = threading.Timer(timeout, worker.kill)
         timer.start()
@@ -163,7 +163,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _environment() -> dict[str, str]:
+def environment_there() -> dict[str, str]:
+    """Of a process that compiles for a GPU that is not here."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",

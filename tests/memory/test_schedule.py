@@ -17,7 +17,7 @@ import pytest
 from lorajax_kernels.device import assume
 
 from lorajax.config import load_config
-from lorajax.memory.elsewhere import _environment, arguments_there
+from lorajax.memory.elsewhere import environment_there, arguments_there
 from lorajax.memory.plan import outline_of
 from lorajax.memory.policy import Layout
 from lorajax.memory.targets import find_target
@@ -75,7 +75,7 @@ def found() -> dict[str, Any]:
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("JAX' CUDA plugin is not installed (lorajax[plan])")
     command = [sys.executable, __file__]
-    done = subprocess.run(command, env=_environment(), check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=environment_there(), check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
