@@ -4,12 +4,13 @@ Seconds are a sum of three kinds of work, each at a rate of the machine (Rates):
 everything else by the bytes that it reads and writes, and copies to and from the host. The shares of the
 rates that programs reach (EFFICIENCY) are those of this library's steps on an H200, 1B and 8B shapes, and are
 taken to hold elsewhere: a plan needs to know which of two programs is faster, and the rates are the machine's
-own.
+own. A layer of few tokens takes what its kernels take to start; in between both count.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -61,7 +62,11 @@ ATTENTION_BACKWARD = 3.3
 FORWARD_PASSES = {"hidden": 14.0, "inner": 3.0}
 BACKWARD_PASSES = {"hidden": 22.0, "inner": 9.0}
 # Times that the weights are read in a micro-batch besides what the products' own rate covers.
-WEIGHT_PASSES = 5.0
+WEIGHT_PASSES = 3.0
+# Seconds that a kernel takes however little it does, and about how many a layer has: in its forward pass, in
+# its backward pass, and those that make all of its activations again.
+KERNEL = 5e-6
+FORWARD_KERNELS, BACKWARD_KERNELS, RECOMPUTED_KERNELS = 45, 55, 40
 
 # xla_gpu_dot_merger_threshold_mb
 _JOINED_BELOW = 32 * 2**20
@@ -183,12 +188,21 @@ class Costs:
 
     @functools.cached_property
     def layer_forward(self) -> float:
-        return self.products + self.attention + self._passes(FORWARD_PASSES)
+        work = self.products + self.attention + self._passes(FORWARD_PASSES)
+        return math.hypot(work, KERNEL * FORWARD_KERNELS)
+
+    def layer_backward(self, missing: float) -> float:
+        """With what is recomputed, in seconds."""
+        kernels = BACKWARD_KERNELS + RECOMPUTED_KERNELS * missing / self._all_recomputed
+        return math.hypot(self._backward + missing, KERNEL * kernels)
 
     @functools.cached_property
-    def layer_backward(self) -> float:
-        """Without what is recomputed."""
+    def _backward(self) -> float:
         return self.products + ATTENTION_BACKWARD * self.attention + self._passes(BACKWARD_PASSES)
+
+    @functools.cached_property
+    def _all_recomputed(self) -> float:
+        return sum(self.recomputed.values())
 
     @functools.cached_property
     def recomputed(self) -> dict[str, float]:

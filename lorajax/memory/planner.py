@@ -219,7 +219,7 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout) -> Estimate:
         here, away, missing = costs.of_layer(layer)
         saved.append(here)
         travelling.append(away)
-        forward, backward = costs.layer_forward, costs.layer_backward + missing
+        forward, backward = costs.layer_forward, costs.layer_backward(missing)
         step += forward + backward
         copy = costs.copied(travelling[-1])
         copies += copy

@@ -17,7 +17,7 @@ import pytest
 from lorajax_kernels.device import assume
 
 from lorajax.config import load_config
-from lorajax.memory.elsewhere import environment_there, arguments_there
+from lorajax.memory.elsewhere import arguments_there, environment_there
 from lorajax.memory.plan import outline_of
 from lorajax.memory.policy import Layout
 from lorajax.memory.targets import find_target
