@@ -36,9 +36,10 @@ def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedu
 
 
 def adamw(train: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, then AdamW (Loshchilov and Hutter, 2019) of by_layer's arrays.
+    """Clipping by global norm, then AdamW (Loshchilov and Hutter, 2019); only matrices decay.
 
-    Its update takes the gradient's global norm as the keyword `norm`, and `decaying` in place of the weights.
+    Its state and its update are of by_layer's arrays. The update takes the weights by name, and the global
+    norm of the gradient as the keyword `norm`.
     """
     # optax computes 1 - beta as given, but 1 - beta**count in float32. They agree for a beta that float32
     # holds; with 0.999 itself, hundreds of steps would be too short by 6e-6 of their length.
@@ -46,14 +47,9 @@ def adamw(train: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransfo
     return optax.chain(
         _clip_by_known_norm(train.max_grad_norm) if train.max_grad_norm else optax.identity(),
         optax.scale_by_adam(beta1, beta2, train.adam_epsilon),
-        optax.add_decayed_weights(train.weight_decay) if train.weight_decay else optax.identity(),
+        _decay(train.weight_decay) if train.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(schedule),
     )
-
-
-def decaying(weights: Weights) -> Weights:
-    """The weights that decay, which matrices do, as by_layer has them; 0 in place of the others."""
-    return by_layer({name: leaf if leaf.ndim > 1 else jnp.zeros_like(leaf) for name, leaf in weights.items()})
 
 
 def updated(
@@ -77,12 +73,23 @@ def updated(
         norm: of the whole gradient.
         finite: of the step.
     """
-    changes, after = optimizer.update(gradient, state, decaying(weights), norm=norm)
+    changes, after = optimizer.update(gradient, state, weights, norm=norm)
     changes = jax.tree.map(lambda change: jnp.where(finite, change, 0), changes)
     after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
     # Once for a layer, not again for each of its weights.
     changes = jax.lax.optimization_barrier(changes)
     return optax.apply_updates(weights, by_name(changes, weights)), after
+
+
+def _decay(rate: float) -> optax.GradientTransformation:
+    """optax.add_decayed_weights of the matrices, which weights by name tell from the rest."""
+    add = optax.add_decayed_weights(rate)
+
+    def update(changes: Weights, state: Any, weights: Weights) -> tuple[Weights, Any]:
+        matrices = {name: leaf if leaf.ndim > 1 else jnp.zeros_like(leaf) for name, leaf in weights.items()}
+        return add.update(changes, state, by_layer(matrices))
+
+    return optax.GradientTransformation(add.init, update)
 
 
 def _clip_by_known_norm(largest: float) -> optax.GradientTransformationExtraArgs:
