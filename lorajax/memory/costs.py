@@ -191,19 +191,6 @@ class Costs:
         work = self.products + self.attention + self._passes(FORWARD_PASSES)
         return math.hypot(work, KERNEL * FORWARD_KERNELS)
 
-    def layer_backward(self, missing: float) -> float:
-        """With what is recomputed, in seconds."""
-        kernels = BACKWARD_KERNELS + RECOMPUTED_KERNELS * missing / self._all_recomputed
-        return math.hypot(self._backward + missing, KERNEL * kernels)
-
-    @functools.cached_property
-    def _backward(self) -> float:
-        return self.products + ATTENTION_BACKWARD * self.attention + self._passes(BACKWARD_PASSES)
-
-    @functools.cached_property
-    def _all_recomputed(self) -> float:
-        return sum(self.recomputed.values())
-
     @functools.cached_property
     def recomputed(self) -> dict[str, float]:
         """Of a layer, for each of GROUPS that is not kept."""
@@ -220,15 +207,18 @@ class Costs:
 
     @functools.cached_property
     def of_layer(self) -> Callable[[LayerPolicy], tuple[int, int, float]]:
-        """policy -> bytes that a layer keeps on the GPU and in host memory, seconds of what it recomputes."""
+        """policy -> bytes that a layer keeps on the GPU and in host memory, seconds of its backward pass."""
         sizes, again = self.work.activation_bytes, self.recomputed
+        all_again = sum(again.values())
+        work = self.products + ATTENTION_BACKWARD * self.attention + self._passes(BACKWARD_PASSES)
 
         @functools.cache
         def of_layer(policy: LayerPolicy) -> tuple[int, int, float]:
             kept = policy.saved | policy.offloaded
             missing = sum(again[group] for group, members in GROUPS.items() if not kept.issuperset(members))
             here, away = (sum(map(sizes.__getitem__, names)) for names in (policy.saved, policy.offloaded))
-            return here, away, missing
+            kernels = BACKWARD_KERNELS + RECOMPUTED_KERNELS * missing / all_again
+            return here, away, math.hypot(work + missing, KERNEL * kernels)
 
         return of_layer
 

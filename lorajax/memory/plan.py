@@ -268,8 +268,7 @@ def make_plan(problem: Problem, config: Config, *, device: Device, budget: int, 
     if checkpointing == "auto":
         return choose_again(plan)
     rows = config.train.per_device_train_batch_size
-    layers = problem.workload(rows).options.num_layers
-    if Policy.of(checkpointing, layers).offloads and not problem.offloads:
+    if Policy.of(checkpointing, 1).offloads and not problem.offloads:
         raise UserError(
             f"memory.checkpointing keeps activations in host memory, but {device.kind} has no pinned host "
             "memory to keep them in; set it to auto"

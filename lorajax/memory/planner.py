@@ -137,7 +137,7 @@ def estimate(problem: Problem, layout: Layout) -> Estimate:
         layout.checkpointing == "offload"
         and 4 * work.trainable > layers * work.activation_bytes["block_input"]
     ):
-        policy = policy.with_gradients_here()
+        policy = policy.with_gradients(away=False)
     if layout.mlp_chunks > 1:
         policy = policy.without(*MADE_IN_CHUNKS)
     return _estimate(problem, Costs(work, problem.rates), layout._replace(checkpointing=policy))
@@ -196,9 +196,7 @@ def _offloading(kept: Sequence[set[str]], counts: Sequence[int], costs: Costs) -
             )
             yield policy
             if name == "block_input" and count == layers:
-                yield replace(
-                    policy, layers=tuple(replace(each, gradient_away=True) for each in policy.layers)
-                )
+                yield policy.with_gradients(away=True)
         everywhere.append(name)
 
 
@@ -216,10 +214,10 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout) -> Estimate:
     behind_forward = behind_backward = copies = 0.0
     *others, last = policy.layers
     for layer in (*others, LayerPolicy(last.saved | last.offloaded)):
-        here, away, missing = costs.of_layer(layer)
+        here, away, backward = costs.of_layer(layer)
         saved.append(here)
         travelling.append(away)
-        forward, backward = costs.layer_forward, costs.layer_backward(missing)
+        forward = costs.layer_forward
         step += forward + backward
         copy = costs.copied(travelling[-1])
         copies += copy

@@ -146,9 +146,9 @@ class Policy:
         )
         return replace(self, layers=tuple(layers))
 
-    def with_gradients_here(self) -> Policy:
-        """With no layer's gradient in host memory."""
-        return replace(self, layers=tuple(replace(layer, gradient_away=False) for layer in self.layers))
+    def with_gradients(self, *, away: bool) -> Policy:
+        """With every layer's gradient in host memory, or none."""
+        return replace(self, layers=tuple(replace(layer, gradient_away=away) for layer in self.layers))
 
     @property
     def keeps_everything(self) -> bool:

@@ -40,7 +40,7 @@ def test_estimates_are_near_what_was_measured(row, problem):
     assert found.micro_batches == row["micro_batches"]
     # Less well known: what a step takes that waits for the link, and what kernels take that do little.
     waits = isinstance(kept, dict) and kept.get("gate") == "offload"
-    hasty = row["batch"] * row["length"] <= 2048
+    hasty = rows * row["length"] <= 2048
     assert found.seconds * 1e3 == pytest.approx(row["ms"], rel=0.1 if waits or hasty else 0.05)
     temporary = (found.device.activations + found.device.workspace) / GIB
     assert temporary == pytest.approx(row["temporary_gib"], abs=0.3)
