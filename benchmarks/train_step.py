@@ -444,6 +444,8 @@ def compile_side_by_side(
         peaks: once all are compiled, those that can be run also run for some steps in another process, whose
             peak is then that of the steps. As many at a time as fit by their plans.
     """
+    from lorajax.memory.machine import allocated
+
     if not cases:
         return {}
     options, limit = _options_of_compiling(cache)
@@ -453,11 +455,9 @@ def compile_side_by_side(
     def run(case: str, row: dict[str, Any]) -> dict[str, Any]:
         if is_refused(row):
             return row
-        from lorajax.config import parse_size
-
-        budget = row.get("budget")
         # What compile_alone lets it take.
-        gib = 1.03 * parse_size(budget) / 2**30 if budget else row.get("planned_gib", math.inf)
+        budget = row.get("budget")
+        gib = allocated(budget) / 2**30 if budget else row.get("planned_gib", math.inf)
         with room.taken(gib + CONTEXT_GIB):
             return in_process_of_its_own(case, segments, *options, "--peak")
 
@@ -498,7 +498,7 @@ def measure_in_turn(
 
 
 def measure_together(
-    cases: Sequence[str], segments: int, rounds: int, *, cache: str, round_seconds: float = ROUND_SECONDS
+    cases: Sequence[str], segments: int, rounds: int, *, cache: str, round_seconds: float
 ) -> list[dict[str, Any]]:
     """measure_alternately in a process of its own, which leaves the GPU free again."""
     with tempfile.TemporaryDirectory() as folder:

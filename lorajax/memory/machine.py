@@ -43,9 +43,13 @@ def claimed_fraction(total: int, free: int, budget: str | None) -> float:
     """Of a GPU's memory for JAX' allocator, all in bytes."""
     available = max(free - CONTEXT_BYTES, 0)
     if budget is not None:
-        # The allocator needs its slack on top.
-        available = min(available, int(parse_size(budget) / (1 - SLACK)) + 2**26)
+        available = min(available, allocated(budget))
     return available / total
+
+
+def allocated(budget: str) -> int:
+    """Bytes that JAX' allocator gets for a budget: it needs its slack on top."""
+    return int(parse_size(budget) / (1 - SLACK)) + 2**26
 
 
 def _gpu_memory() -> tuple[int, int] | None:
