@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lorajax_kernels import cross_entropy_implementations, linear_cross_entropy
-from lorajax_kernels.cross_entropy import choose_cross_entropy, default_chunk
+from lorajax_kernels.cross_entropy import choose_cross_entropy, default_chunk, even_chunks
 from lorajax_kernels.cross_entropy import triton as host
 from lorajax_kernels.cross_entropy.triton import Tiling, triton_loss_and_gradient
 from lorajax_kernels.cross_entropy.xla import xla_loss_and_gradient
@@ -191,6 +191,22 @@ def test_never_holds_all_logits(trainable_head):
 )
 def test_default_chunk_holds_256_mib_of_logits_or_128_rows(vocab, dtype, rows):
     assert default_chunk(vocab, jnp.dtype(dtype)) == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "expected"),
+    (
+        (16384, 1024, (16, 1024)),
+        (16384, 2688, (7, 2344)),  # not 2341, of which XLA would copy the logits to fill up a tile
+        (37, 1024, (1, 40)),
+        (37, 37, (1, 37)),
+        (37, 10, (4, 10)),
+        (1025, 1024, (2, 520)),
+        (0, 128, (1, 8)),
+    ),
+)
+def test_chunks_are_few_even_and_whole_tiles(rows, limit, expected):
+    assert even_chunks(rows, limit) == expected
 
 
 @pytest.mark.parametrize(

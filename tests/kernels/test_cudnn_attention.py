@@ -243,6 +243,9 @@ def test_says_why_it_cannot_serve(monkeypatch):
     assert "not 264" in why_not(head_dim=264)
     assert "softcap" in why_not(softcap=30.0)
     assert "max_segments" in why_not(max_segments=None)
+    largest = {"batch": 64, "length": 8192, "heads": 32, "kv_heads": 2, "head_dim": 128}
+    assert "q has 2,147,483,648 elements" in why_not(**largest)
+    assert why_not(**largest | {"length": 8064}) is None
 
 
 @known_jax

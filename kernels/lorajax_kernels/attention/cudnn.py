@@ -57,6 +57,9 @@ def why_not(problem: Problem, device: Device) -> str | None:
         return "it has no softcap"
     if problem.max_segments is None:
         return "it needs max_segments, a bound on the segments of a row"
+    elements = problem.batch * problem.length * problem.heads * problem.head_dim
+    if elements >= 2**31:
+        return f"JAX tells it places in q as 32-bit integers, and q has {elements:,} elements"
     is_grouped = problem.heads != problem.kv_heads
     if reason := _why_not_this_jax(is_grouped):
         return reason

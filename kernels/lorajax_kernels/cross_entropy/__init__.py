@@ -23,6 +23,9 @@ __all__ = ["choose_cross_entropy", "cross_entropy_implementations", "default_chu
 # One chunk's logits take at most this much, unless MIN_CHUNK rows take more.
 LOGIT_BYTES = 256 * 2**20
 MIN_CHUNK = 128
+# A chunk has a multiple of this many rows: XLA copies logits of other numbers into and out of GEMMs that take
+# whole multiples.
+ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def linear_cross_entropy(
         targets: index into the vocabulary, 0..V-1. Any other under a weight that is not 0 makes the loss NaN.
         weights: of each row, usually 0 or 1.
         softcap: logits become softcap * tanh(logits / softcap); default none.
-        chunk: rows at a time; default: as many as have 256 MiB of logits, but at least 128.
+        chunk: rows at a time at most; default: as many as have 256 MiB of logits, but at least 128.
         trainable_head: make the gradient of head too, summed in a float32 [V, D] buffer. Otherwise head is a
             constant, and its gradient is zero.
         implementation: of the passes over the logits where a gradient is made: a name of
@@ -104,12 +107,11 @@ def linear_cross_entropy(
     """
     _check(x, head, targets, weights, softcap, chunk)
     check_targets("linear_cross_entropy", targets, weights, head.shape[0])
-    rows = x.shape[0]
     limit = default_chunk(head.shape[0], x.dtype) if chunk is None else chunk
-    chunks = max(1, -(-rows // limit))
+    chunks, rows = even_chunks(x.shape[0], limit)
     plan = _Plan(
         chunks=chunks,
-        rows=max(1, -(-rows // chunks)),
+        rows=rows,
         softcap=softcap,
         head_dtype=head.dtype if trainable_head else None,
         implementation=choose_cross_entropy(x.dtype, implementation=implementation).name,
@@ -122,6 +124,13 @@ def default_chunk(vocab_size: int, dtype: jnp.dtype) -> int:
     """Rows in one chunk for x of `dtype`: a multiple of MIN_CHUNK."""
     itemsize = 2 if dtype == jnp.bfloat16 else 4
     return max(LOGIT_BYTES // (itemsize * vocab_size) // MIN_CHUNK, 1) * MIN_CHUNK
+
+
+def even_chunks(rows: int, limit: int) -> tuple[int, int]:
+    """(chunks, rows of each) for this many rows: as few as `limit` allows, and as even as ROWS does."""
+    chunks = max(1, -(-rows // limit))
+    each = max(1, -(-rows // chunks))
+    return chunks, min(-(-each // ROWS) * ROWS, limit)
 
 
 @dataclass(frozen=True)
