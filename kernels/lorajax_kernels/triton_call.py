@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import sys
+from collections.abc import Container, Sequence
 from typing import Any
 
 import jax
@@ -53,22 +54,37 @@ def triton_call(
     Returns:
         Arrays of the structure of out_shape.
     """
+    aliases = input_output_aliases or {}
+    operands = _apart(operands, aliases)
     if is_assumed():
-        return stand_in(*operands, out_shape=out_shape, input_output_aliases=input_output_aliases)
-    library, spelling = _jax_triton()
-    if input_output_aliases and passes_aliased_outputs():
-        kernel = kernel_for_0_3
-    return library.triton_call(
-        *operands,
-        kernel=kernel,
-        grid=grid,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        compute_capability=compute_capability,
-        input_output_aliases=input_output_aliases,
-        **{spelling: out_shape},
-        **constants,
-    )
+        results = stand_in(*operands, out_shape=out_shape, input_output_aliases=aliases)
+    else:
+        library, spelling = _jax_triton()
+        if aliases and passes_aliased_outputs():
+            kernel = kernel_for_0_3
+        results = library.triton_call(
+            *operands,
+            kernel=kernel,
+            grid=grid,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            compute_capability=compute_capability,
+            input_output_aliases=aliases,
+            **{spelling: out_shape},
+            **constants,
+        )
+    leaves, tree = jax.tree.flatten(results)
+    return jax.tree.unflatten(tree, _apart(leaves, aliases.values()))
+
+
+def _apart(arrays: Sequence[Any], places: Container[int]) -> list[Any]:
+    """The arrays, with those at these places behind barriers.
+
+    XLA (of jaxlib 0.11) makes one fusion of a kernel and of a slice that it reads or writes, and the fusion
+    knows nothing of the kernel's aliases: what it writes in an operand's place is lost. Across a barrier it
+    makes none.
+    """
+    return [jax.lax.optimization_barrier(x) if i in places else x for i, x in enumerate(arrays)]
 
 
 def stand_in(

@@ -4,6 +4,9 @@ import importlib
 import sys
 import types
 
+import jax
+import jax.extend
+import jax.numpy as jnp
 import pytest
 from lorajax_kernels import triton_call as module
 
@@ -46,7 +49,7 @@ def calls(monkeypatch):
 def test_each_release_gets_its_own_spelling(calls, release, spelling):
     received, _ = calls(release)
     options = {"grid": (3, 2), "num_warps": 4, "num_stages": 2, "compute_capability": 90}
-    options["input_output_aliases"] = {0: 1}
+    options["input_output_aliases"] = {1: 1}
     result = module.triton_call(
         "kernel", "x", 7, out_shape=OUT, BLOCK=64, kernel_for_0_3="older kernel", **options
     )
@@ -54,6 +57,31 @@ def test_each_release_gets_its_own_spelling(calls, release, spelling):
     assert module.passes_aliased_outputs() == (release == "0.3.1")
     kernel = "older kernel" if release == "0.3.1" else "kernel"
     assert received == [(("x", 7), {"kernel": kernel, spelling: OUT, "BLOCK": 64, **options})]
+
+
+def test_what_a_kernel_writes_over_is_apart_from_slices_around_it(monkeypatch):
+    """On a GPU, XLA would make one fusion of the slice and the kernel, and lose what it writes over `x`."""
+    monkeypatch.setattr(module, "is_assumed", lambda: True)
+
+    def run(x, y):
+        aliases = {0: 1}
+        shapes = jax.ShapeDtypeStruct((3,), jnp.float32), jax.ShapeDtypeStruct((2, 4), jnp.float32)
+        options = {"grid": (1,), "num_warps": 4, "num_stages": 1, "input_output_aliases": aliases}
+        made, over = module.triton_call(None, x[:2], y[:2], out_shape=shapes, **options)
+        return made[:2], over[:1]
+
+    wide = jnp.zeros((8, 4))
+    equations = jax.make_jaxpr(run)(wide, wide).jaxpr.eqns
+    [call] = [equation for equation in equations if equation.primitive.name == "ffi_call"]
+    makers = {variable: equation.primitive.name for equation in equations for variable in equation.outvars}
+    readers = {
+        variable: equation.primitive.name
+        for equation in equations
+        for variable in equation.invars
+        if isinstance(variable, jax.extend.core.Var)
+    }
+    assert [makers[variable] for variable in call.invars] == ["optimization_barrier", "slice"]
+    assert [readers[variable] for variable in call.outvars] == ["slice", "optimization_barrier"]
 
 
 def test_an_older_triton_gets_the_name_that_jax_triton_imports(calls):
