@@ -55,7 +55,7 @@ def triton_call(
         Arrays of the structure of out_shape.
     """
     aliases = input_output_aliases or {}
-    operands = _apart(operands, aliases)
+    operands = tuple(_apart(operands, aliases))
     if is_assumed():
         results = stand_in(*operands, out_shape=out_shape, input_output_aliases=aliases)
     else:
@@ -69,7 +69,7 @@ def triton_call(
             num_warps=num_warps,
             num_stages=num_stages,
             compute_capability=compute_capability,
-            input_output_aliases=aliases,
+            input_output_aliases=input_output_aliases,
             **{spelling: out_shape},
             **constants,
         )

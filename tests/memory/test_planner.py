@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -21,27 +22,58 @@ GIB = 2**30
 NAMED = {name: "save" for name in ACTIVATIONS}
 AWAY = {"block_input": "offload", "gradient": "offload"}
 
-# What layouts took on an H200: auto_choice.py, short_sequences.py, and train_step.py with --alternate.
+# What layouts took on H200s, one machine a file: auto_choice.py, short_sequences.py, and train_step.py with
+# --alternate.
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-MEASURED = [
-    row
+MEASURED = {
+    name: [
+        row
+        for row in json.loads((RESULTS / f"{name}-h200.json").read_text(encoding="utf-8"))["rows"]
+        if row["model"] in ("1b", "8b") and row["checkpointing"] != "auto"
+    ]
     for name in ("auto_choice", "short_sequences", "offload_1b", "offload_8b")
-    for row in json.loads((RESULTS / f"{name}-h200.json").read_text(encoding="utf-8"))["rows"]
-    if row["model"] in ("1b", "8b") and row["checkpointing"] != "auto"
-]
+}
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row["case"]) for row in MEASURED])
-def test_estimates_are_near_what_was_measured(row, problem):
+def estimate_of(row, problem):
     kept = row["checkpointing"]
     kept = json.loads(kept) if kept.startswith("{") else kept
     rows = row["batch"] * row["micro_batches"]
-    found = estimate(problem(row["model"], rows=rows, length=row["length"]), Layout(row["batch"], kept))
+    return estimate(problem(row["model"], rows=rows, length=row["length"]), Layout(row["batch"], kept))
+
+
+def test_machines_of_one_kind_are_within_5_percent_of_what_is_estimated(speed):
+    for name in MEASURED:
+        assert speed(name) == pytest.approx(1, abs=0.05)
+
+
+@pytest.fixture
+def speed(problem):
+    """speed(file): of its machine, 1 as estimated; H200s differ in their clocks at the power limit."""
+
+    @functools.cache
+    def of(name):
+        return statistics.median(
+            estimate_of(row, problem).seconds * 1e3 / row["ms"] for row in MEASURED[name]
+        )
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "name, row", [pytest.param(name, row, id=row["case"]) for name, rows in MEASURED.items() for row in rows]
+)
+def test_estimates_are_near_what_was_measured(name, row, problem, speed):
+    found = estimate_of(row, problem)
     assert found.micro_batches == row["micro_batches"]
-    # Less well known: what a step takes that waits for the link, and what kernels take that do little.
-    waits = isinstance(kept, dict) and kept.get("gate") == "offload"
-    hasty = rows * row["length"] <= 2048
-    assert found.seconds * 1e3 == pytest.approx(row["ms"], rel=0.1 if waits or hasty else 0.05)
+    ms = found.seconds * 1e3
+    if row["batch"] * row["micro_batches"] * row["length"] <= 2048:
+        # Its kernels are over before the host has started the next: rounds of one run are up to 40% apart.
+        assert 0.9 * min(row["rounds_ms"]) <= ms <= 1.1 * max(row["rounds_ms"])
+    elif '"gate": "offload"' in row["checkpointing"]:
+        assert ms == pytest.approx(row["ms"], rel=0.1)  # waits for the link, which is less well known
+    else:
+        assert ms / speed(name) == pytest.approx(row["ms"], rel=0.03)
     temporary = (found.device.activations + found.device.workspace) / GIB
     assert temporary == pytest.approx(row["temporary_gib"], abs=0.3)
 
