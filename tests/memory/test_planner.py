@@ -47,7 +47,7 @@ def test_machines_of_one_kind_are_within_5_percent_of_what_is_estimated(speed):
         assert speed(name) == pytest.approx(1, abs=0.05)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def speed(problem):
     """speed(file): of its machine, 1 as estimated; H200s differ in their clocks at the power limit."""
 
