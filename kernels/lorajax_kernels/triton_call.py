@@ -69,7 +69,7 @@ def triton_call(
             num_warps=num_warps,
             num_stages=num_stages,
             compute_capability=compute_capability,
-            input_output_aliases=input_output_aliases,
+            input_output_aliases=aliases,
             **{spelling: out_shape},
             **constants,
         )

@@ -23,8 +23,8 @@ __all__ = ["choose_cross_entropy", "cross_entropy_implementations", "default_chu
 # One chunk's logits take at most this much, unless MIN_CHUNK rows take more.
 LOGIT_BYTES = 256 * 2**20
 MIN_CHUNK = 128
-# A chunk has a multiple of this many rows: XLA copies logits of other numbers into and out of GEMMs that take
-# whole multiples.
+# A chunk has a multiple of this many rows, if its limit is one: other logits XLA would copy, out of one GEMM
+# and into the next, because it gives them whole multiples.
 ROWS = 8
 
 
