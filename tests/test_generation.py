@@ -93,6 +93,7 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass(model, ids_tokenizer, 
     assert answers_of(model, ids_tokenizer, PROMPTS) == cut(expected, 2)
 
 
+@pytest.mark.slow
 def test_adapters_are_applied(make_model, ids_tokenizer, expected):
     model = make_model(adapter=True)
     adapted = forward_loop(model, ids_tokenizer, PROMPTS, width=256)

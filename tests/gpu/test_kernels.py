@@ -27,6 +27,7 @@ from lorajax_kernels import (
 )
 from lorajax_kernels.attention.xla import default_chunk
 from lorajax_kernels.lora import ARRANGEMENTS, reference_lora_linears
+from lorajax_kernels.lora.mosaic import TILINGS, mosaic_sum_of_products
 from lorajax_kernels.nf4 import choose_nf4
 
 KERNELS = [name for name in attention_implementations() if name != "reference"]
@@ -316,6 +317,44 @@ def test_layers_with_adapters(arrangement, quantised, normed, figure):
     case = f"{arrangement}{', NF4' if quantised else ''}{', after a norm' if normed else ''}"
     figure(f"lora_linears {case}: errors of y, y, dx, da, db", " ".join(f"{error:.1e}" for error in errors))
     assert max(errors) <= 1e-2
+
+
+@pytest.mark.parametrize("transposed", (True, False))
+@pytest.mark.parametrize(
+    ("rows", "out", "ks", "start"),
+    (
+        (16384, 8192, (2048, 64), 0),
+        (16384, 2048, (8192, 8192, 64), 0),
+        (4104, 576, (1536, 24), 0),  # nothing is a multiple of a tile
+        (2056, 320, (192, 40), 64),
+    ),
+)
+def test_sums_of_products_in_one_kernel(rows, out, ks, start, transposed, figure):
+    """Mosaic's, with each tiling. The last left operand is wider than what is read of it."""
+    try:
+        choose_lora(jnp.bfloat16, 32, implementation="mosaic")
+    except ValueError as error:
+        pytest.skip(str(error))
+    lefts = random_arrays([(rows, k) for k in ks[:-1]] + [(rows, start + ks[-1])], jnp.bfloat16)
+    rights = random_arrays([(out, k) if transposed else (k, out) for k in ks], jnp.bfloat16)
+    starts = [0] * (len(ks) - 1) + [start]
+
+    @jax.jit
+    def plain(lefts, rights):
+        parts = [left[:, s : s + k] for left, s, k in zip(lefts, starts, ks, strict=True)]
+        rights = [right.T for right in rights] if transposed else rights
+        joined = [
+            jnp.concatenate(sides, axis).astype(jnp.float32) for axis, sides in ((1, parts), (0, rights))
+        ]
+        return jnp.matmul(*joined, precision="highest")
+
+    expected, errors = plain(lefts, rights), []
+    for tiling, _ in TILINGS:
+        run = functools.partial(mosaic_sum_of_products, transposed=transposed, tiling=tiling, starts=starts)
+        errors.append(relative(jax.jit(run)(lefts, rights), expected))
+    case = f"{rows} x {' + '.join(map(str, ks))} x {out}"
+    figure(f"sums in one kernel, {case}: errors", " ".join(f"{error:.1e}" for error in errors))
+    assert max(errors) <= 3e-3
 
 
 @pytest.mark.parametrize("implementation", lora_implementations())

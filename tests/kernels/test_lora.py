@@ -692,11 +692,13 @@ def test_triton_swiglu_backward_compiles_without_a_gpu(compile_kernel, name, cap
 
 
 def test_choice_follows_device_dtype_and_rank():
-    hopper, turing = Device("H200", (9, 0), 91900), Device("T4", (7, 5), no_triton="it is old")
-    assert choose_lora(jnp.bfloat16, 32, device=hopper) == ("triton", {})
+    hopper = Device("H200", (9, 0), 91900, no_mosaic="there is none")
+    turing = Device("T4", (7, 5), no_triton="it is old")
+    assert choose_lora(jnp.bfloat16, 32, device=hopper) == ("triton", {"mosaic": "there is none"})
     assert choose_lora(jnp.float32, 32, device=hopper).name == "xla"
     assert choose_lora(jnp.bfloat16, 256, device=hopper).name == "xla"
-    assert choose_lora(jnp.float16, 32, device=turing) == ("xla", {"triton": "it is old"})
-    assert lora_implementations() == ("triton", "xla")
+    refused = dict.fromkeys(("mosaic", "triton"), "it is old")
+    assert choose_lora(jnp.float16, 32, device=turing) == ("xla", refused)
+    assert lora_implementations() == ("mosaic", "triton", "xla")
     with pytest.raises(ValueError, match="'triton' cannot serve: it takes ranks up to 128, not 256"):
         choose_lora(jnp.bfloat16, 256, implementation="triton", device=hopper)

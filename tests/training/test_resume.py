@@ -132,6 +132,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(
     assert weights(complete.output_dir) == weights(alone.output_dir)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_last_checkpoint_an_older_one_and_none(
     run, exact_metrics, monkeypatch, capsys
 ):

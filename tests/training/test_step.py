@@ -153,7 +153,7 @@ def dense_gradient(weights):
     return dense_gradient
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(mode, gradient, dense_gradient):
     rows = make_batch()
     assert len(set(cut(rows, 4)["weights"].sum((1, 2)))) == 4

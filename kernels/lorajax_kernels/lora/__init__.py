@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
-from lorajax_kernels.lora import gradient, triton
+from lorajax_kernels.lora import gradient, mosaic, triton
 from lorajax_kernels.lora.operands import Adapter
 from lorajax_kernels.lora.products import ARRANGEMENTS
 from lorajax_kernels.lora.reference import reference_lora_linears
@@ -35,8 +35,9 @@ class Problem:
     rank: int
 
 
-# How the small products of adapters are made. "auto" takes the first that can serve.
+# How the small products of adapters, and sums of products, are made. "auto" takes the first that can serve.
 _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
+    Implementation("mosaic", mosaic.why_not, gradient.MOSAIC, splits=False),
     Implementation("triton", triton.why_not, gradient.TRITON, splits=False),
     Implementation("xla", anywhere, gradient.XLA),
 )
@@ -126,9 +127,10 @@ def lora_linears(
         norm: (weight, epsilon): the layers see rms_norm(x, weight, epsilon=epsilon). The residual is x then.
         trainable_bias: make the biases' gradients.
         arrangement: how the adapter's product meets the frozen one. "joined": one GEMM on [x, x a^T] and
-            [W, scale * b]; "added": two GEMMs; "auto": what moves less memory, in either pass.
-        implementation: of the small products: a name of `lora_implementations()`, or "auto": the first
-            of them that can serve.
+            [W, scale * b]; "added": two GEMMs; "auto": one accumulator for both where the implementation is
+            "mosaic" and sizes allow it, otherwise what moves less memory, in either pass.
+        implementation: a name of `lora_implementations()`, or "auto": the first of them that can serve.
+            "triton" has kernels for the adapters' products, "mosaic" for their sums with the frozen ones too.
 
     Returns:
         One output a layer, in x's dtype.

@@ -29,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lorajax_kernels.elementwise import inverse_rms, rms_norm, swiglu
+from lorajax_kernels.lora.mosaic import SLICE, Tiling, mosaic_sum_of_products, tiling_for
 from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
 from lorajax_kernels.lora.products import should_join, sum_of_products
 from lorajax_kernels.lora.triton import (
@@ -61,15 +62,18 @@ class Kernels(NamedTuple):
         hidden_and_b: (dy, u, B) -> (dy B, dy^T u), see xla_hidden_and_b.
         hidden_and_joined: (x, A) -> (x A^T, [x, x A^T]), see triton_hidden_and_joined; None: one by one.
         swiglu_backward: (dh, gate, up) -> (dgate, dup, h), see triton_swiglu_backward; None: one by one.
+        sums: whether sums of products are Mosaic's where it serves, see tiling_for.
     """
 
     hidden_and_b: Callable[..., tuple[Array, Array]]
     hidden_and_joined: Callable[[Array, Array], tuple[Array, Array]] | None = None
     swiglu_backward: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None
+    sums: bool = False
 
 
 XLA = Kernels(xla_hidden_and_b)
 TRITON = Kernels(triton_hidden_and_b, triton_hidden_and_joined, triton_swiglu_backward)
+MOSAIC = TRITON._replace(sums=True)
 
 
 @dataclass(frozen=True)
@@ -173,38 +177,75 @@ apply_gated.defvjp(_gated_forward, _gated_backward)
 def _hidden_and_outputs(
     options: Options, x: Rows, weights: Weights, adapters: Adapters
 ) -> tuple[Hidden, list[Array]]:
-    present = _present(adapters)
-    adapted = sum(
-        weight.shape[0] for weight, adapter in zip(weights, adapters, strict=True) if adapter is not None
+    present, columns = _present(adapters), _columns(adapters)
+    multiple = _multiple(options, present)
+    windows = [_window(own, columns[-1].stop, multiple) for own in columns]
+    tilings = [
+        None
+        if adapter is None
+        else _tiling(options, x.shape[0], weight.shape[0], [x.shape[1], window.stop - window.start])
+        for weight, adapter, window in zip(weights, adapters, windows, strict=True)
+    ]
+    sums_of_xla = sum(
+        weight.shape[0]
+        for weight, adapter, tiling in zip(weights, adapters, tilings, strict=True)
+        if adapter is not None and tiling is None
     )
-    join = should_join(options.arrangement, terms=2, rows=x.shape[0], k=x.shape[1], out=adapted)
-    at_once = options.kernels.hidden_and_joined if join and present else None
+    join = sums_of_xla > 0 and should_join(
+        options.arrangement, terms=2, rows=x.shape[0], k=x.shape[1], out=sums_of_xla
+    )
+    at_once = options.kernels.hidden_and_joined if join else None
     joined = None
     if any(adapter.drops for adapter in present):
         parts = [product("ri,ki->rk", drop(x, adapter), _stacked_a(x, [adapter])) for adapter in present]
-        u = _filled_up(jnp.concatenate(parts, axis=1), axis=1)
+        u = _filled_up(jnp.concatenate(parts, axis=1), multiple, axis=1)
     elif at_once is not None:
-        u, joined = at_once(x, _filled_up(_stacked_a(x, present), axis=0))
+        u, joined = at_once(x, _filled_up(_stacked_a(x, present), multiple, axis=0))
     else:
-        u = product("ri,ki->rk", x, _filled_up(_stacked_a(x, present), axis=0))
+        u = product("ri,ki->rk", x, _filled_up(_stacked_a(x, present), multiple, axis=0))
     u = checkpoint_name(u, "lora_hidden")
     if join and joined is None:
         joined = jnp.concatenate([x, u], axis=1)
 
     ys = []
-    for weight, adapter, columns in zip(weights, adapters, _columns(adapters), strict=True):
+    for weight, adapter, own, window, tiling in zip(
+        weights, adapters, columns, windows, tilings, strict=True
+    ):
         w = dense(weight, x.dtype)
         if adapter is None:
             ys.append(product("ri,oi->ro", x, w))
             continue
         b = scaled(adapter.b, adapter.scale, x.dtype)
-        if joined is not None:
-            s = jnp.pad(b, ((0, 0), (columns.start, u.shape[1] - columns.stop)))  # [out, R]
+        if tiling is not None:
+            s = jnp.pad(b, ((0, 0), (own.start - window.start, window.stop - own.stop)))  # [out, window]
+            starts = (0, window.start)
+            ys.append(mosaic_sum_of_products([x, u], [w, s], transposed=True, tiling=tiling, starts=starts))
+        elif joined is not None:
+            s = jnp.pad(b, ((0, 0), (own.start, u.shape[1] - own.stop)))  # [out, R]
             ys.append(product("rk,ok->ro", joined, jnp.concatenate([w, s], axis=1)))
         else:
             # In this order cuBLAS may add the first to the second, see sum_of_products.
-            ys.append(product("rk,ok->ro", x, w) + product("rk,ok->ro", u[:, columns], b))
+            ys.append(product("rk,ok->ro", x, w) + product("rk,ok->ro", u[:, own], b))
     return u, ys
+
+
+def _tiling(options: Options, rows: int, out: int, ks: Sequence[int]) -> Tiling | None:
+    """For a sum of products that is to be Mosaic's; None where it is XLA's."""
+    if not options.kernels.sums or options.arrangement != "auto":
+        return None
+    return tiling_for(rows, out, ks)
+
+
+def _multiple(options: Options, present: Sequence[Adapter]) -> int:
+    """What the columns of u are filled up to a multiple of."""
+    wide = sum(adapter.rank for adapter in present) > SLICE
+    return SLICE if options.kernels.sums and wide else COLUMNS
+
+
+def _window(own: slice, end: int, multiple: int) -> slice:
+    """The columns of u that Mosaic reads for those of a layer: whole slices, where u has so many."""
+    width = -(-end // multiple) * multiple
+    return slice(own.start // SLICE * SLICE, min(-(-own.stop // SLICE) * SLICE, width))
 
 
 def _gradients_of_b(
@@ -272,11 +313,17 @@ def _gradient_of_x(
     drops = any(adapter.drops for adapter in present)
     lefts, rights = list(dys), [dense(weight, x.dtype) for weight in weights]
     if present and not drops:
-        lefts.append(_filled_up(jnp.concatenate(dus, axis=1), axis=1))
-        rights.append(_filled_up(_stacked_a(x, present), axis=0))
-    k = sum(dy.shape[1] for dy in dys)
-    join = should_join(options.arrangement, terms=len(lefts), rows=x.shape[0], k=k, out=x.shape[1])
-    dx = sum_of_products(lefts, rights, join=join)
+        multiple = _multiple(options, present)
+        lefts.append(_filled_up(jnp.concatenate(dus, axis=1), multiple, axis=1))
+        rights.append(_filled_up(_stacked_a(x, present), multiple, axis=0))
+    ks = [left.shape[1] for left in lefts]
+    tiling = _tiling(options, x.shape[0], x.shape[1], ks) if len(lefts) > 1 else None
+    if tiling is not None:
+        dx = mosaic_sum_of_products(lefts, rights, transposed=False, tiling=tiling)
+    else:
+        k = sum(dy.shape[1] for dy in dys)
+        join = should_join(options.arrangement, terms=len(lefts), rows=x.shape[0], k=k, out=x.shape[1])
+        dx = sum_of_products(lefts, rights, join=join)
     if drops:
         for du, adapter in zip(dus, present, strict=True):
             dx = dx + drop(product("rk,ki->ri", du, _stacked_a(x, [adapter])), adapter)
@@ -331,8 +378,8 @@ def _stacked_a(x: Rows, present: Sequence[Adapter]) -> Float[Array, "R in"]:
     return jnp.concatenate([none, *(adapter.a.astype(x.dtype) for adapter in present)])
 
 
-def _filled_up(x: Array, *, axis: int) -> Array:
-    """x with zeros at the end of an axis, up to a multiple of COLUMNS."""
+def _filled_up(x: Array, multiple: int, *, axis: int) -> Array:
+    """x with zeros at the end of an axis, up to a multiple of this size."""
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % COLUMNS)
+    widths[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, widths)

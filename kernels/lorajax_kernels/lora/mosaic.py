@@ -1,0 +1,288 @@
+"""Sums of matrix products on Hopper GPUs, in one kernel of Pallas Mosaic GPU.
+
+    out = sum_j left_j @ right_j
+
+A frozen product and its adapter's, or those of several layers, go into one accumulator: nothing is copied
+side by side to be joined, and no partial sum goes to memory to be added.
+
+Thread blocks stay, one on each multiprocessor, and go from tile to tile. One warpgroup loads slices of the
+operands (TMA, into a ring of buffers), two multiply, each half of the tile's rows. Two blocks make a cluster:
+their tiles lie one above the other, and each loads half of the right operand's slice for both. What lies
+beyond an operand's edges is loaded as zero, and nothing is stored there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from lorajax_kernels.device import HOPPER, Device, current_device, is_assumed
+from lorajax_kernels.lora import triton
+from lorajax_kernels.triton_call import stand_in
+
+if TYPE_CHECKING:
+    from lorajax_kernels.lora import Problem
+
+# Blocks of a cluster, and warpgroups of a block that multiply. The one that loads comes after these.
+BLOCKS, MULTIPLYING = 2, 2
+# What can be a slice's place: a swizzled buffer has rows of 64 elements and repeats after 8.
+SLICE, ROWS = 64, 8
+# Few rows make few tiles: less than this share of what the multiprocessors could do is left to others.
+LEAST_USE = 0.5
+# Registers a thread: of the warpgroup that loads, of those that multiply.
+_FEW, _MANY = 40, 232
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the sum is cut up.
+
+    Attributes:
+        columns: of a tile, a multiple of 64 up to 256.
+        stages: slices in the ring.
+        rows: of a block's tile.
+        strip: tiles one above the other that are taken before those beside them. What is read again comes
+            from the L2 cache then. To take a column of tiles at a time reads all of the left operands from
+            memory for each: as fast for a moment, but 8% slower for good, when its power limits the GPU.
+    """
+
+    columns: int = 256
+    stages: int = 4
+    rows: int = 128
+    strip: int = 8
+
+
+# The wider, the less is loaded: (tiling, time of a tile's column relative to that of the widest, on an H200).
+TILINGS = ((Tiling(256, 4), 1.0), (Tiling(192, 4), 1.15), (Tiling(128, 6), 1.3))
+
+
+def why_not(problem: Problem, device: Device) -> str | None:
+    """None if the kernels can serve the problem there, otherwise the reason why not."""
+    # The other kernels are Triton's.
+    reason = triton.why_not(problem, device) or device.no_mosaic
+    if reason is not None:
+        return reason
+    if device.compute_capability is None or device.compute_capability[0] != HOPPER[0]:
+        return "its instructions are those of compute capability 9.0"
+    if jax.__version_info__ < (0, 11):
+        return f"it needs JAX 0.11, this is {jax.__version__}"
+    return None
+
+
+def tiling_for(rows: int, out: int, ks: Sequence[int], processors: int | None = None) -> Tiling | None:
+    """The tiling for a sum of these sizes; None where the kernel cannot serve, or is no gain.
+
+    Args:
+        rows, out: of the sum.
+        ks: of the products.
+        processors: multiprocessors of the GPU; None: of the current device.
+    """
+    fits = rows % ROWS == 0 and out % SLICE == 0
+    if not fits or not all(k % SLICE == 0 if k > SLICE else k % ROWS == 0 for k in ks):
+        return None
+
+    clusters = _clusters(processors)
+
+    def cost(choice: tuple[Tiling, float]) -> float:
+        tiling, factor = choice
+        return -(-_tiles(rows, out, tiling) // clusters) * tiling.columns * factor
+
+    best = min(TILINGS, key=cost)
+    done = -(-_tiles(rows, out, best[0]) // clusters) * clusters * _area(best[0])
+    return best[0] if rows * out >= LEAST_USE * done else None
+
+
+def _clusters(processors: int | None) -> int:
+    return max(1, (processors or current_device().multiprocessors or BLOCKS) // BLOCKS)
+
+
+def _area(tiling: Tiling) -> int:
+    return BLOCKS * tiling.rows * tiling.columns
+
+
+def _tiles(rows: int, out: int, tiling: Tiling) -> int:
+    return -(-rows // (BLOCKS * tiling.rows)) * -(-out // tiling.columns)
+
+
+def mosaic_sum_of_products(
+    lefts: Sequence[Float[Array, "rows _"]],
+    rights: Sequence[Array],
+    *,
+    transposed: bool,
+    tiling: Tiling,
+    starts: Sequence[int] | None = None,
+    processors: int | None = None,
+    interpret: Any = None,
+) -> Float[Array, "rows out"]:
+    """Sum of left_j[:, start_j : start_j + k_j] @ right_j in their dtype, from float32 sums.
+
+    Args:
+        lefts: of bfloat16 or float16.
+        rights: each [k_j, out], or [out, k_j] if `transposed`, of the same dtype.
+        starts: of the columns of each left that count, multiples of 64; None: 0. Of up to 64 columns, those
+            beyond right's k are read too, and meet zeros.
+        tiling: see tiling_for.
+        processors: multiprocessors of the GPU; None: of the current device.
+        interpret: as in pallas.mosaic_gpu.kernel.
+    """
+    lefts, rights = tuple(lefts), tuple(rights)
+    rows, out = lefts[0].shape[0], rights[0].shape[0 if transposed else 1]
+    if is_assumed():
+        return stand_in(*lefts, *rights, out_shape=jax.ShapeDtypeStruct((rows, out), lefts[0].dtype))
+    starts = (0,) * len(lefts) if starts is None else tuple(starts)
+    clusters = min(_clusters(processors), _tiles(rows, out, tiling))
+    return _call(lefts, rights, transposed, starts, tiling, clusters, interpret)
+
+
+# Traced once for all layers.
+@functools.partial(jax.jit, static_argnums=range(2, 7))
+def _call(
+    lefts: tuple[Array, ...],
+    rights: tuple[Array, ...],
+    transposed: bool,
+    starts: tuple[int, ...],
+    tiling: Tiling,
+    clusters: int,
+    interpret: Any,
+) -> Array:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    count, dtype, stages = len(lefts), lefts[0].dtype, tiling.stages
+    rows, out = lefts[0].shape[0], rights[0].shape[0 if transposed else 1]
+    slices = [-(-right.shape[1 if transposed else 0] // SLICE) for right in rights]
+    tiles = -(-rows // (BLOCKS * tiling.rows)), -(-out // tiling.columns)
+    own_rows = tiling.rows // MULTIPLYING
+
+    def kernel(*refs: Any) -> None:
+        left_refs, right_refs, out_ref = refs[:count], refs[count:-1], refs[-1]
+
+        def scoped(left_ring: Any, right_ring: Any, out_buffers: Any, full: Any, free: Any) -> None:
+            warpgroup = lax.axis_index("warpgroup")
+
+            def corner(tile: Any) -> tuple[Any, Any]:
+                row, column = plgpu.planar_snake(tile, tiles, 0, tiling.strip)
+                row = row * BLOCKS + lax.axis_index("block")
+                return row * tiling.rows, column * tiling.columns
+
+            def place(step: Any) -> Any:
+                return lax.rem(step, jnp.int32(stages))
+
+            # Both count the slices, from tile to tile, as steps.
+            def load_tile(tile: Any, carry: Any) -> Any:
+                row, column = corner(tile.index[0])
+                across, step = pl.ds(column, tiling.columns), carry
+                for left, right, start, many in zip(left_refs, right_refs, starts, slices, strict=True):
+
+                    def load(i: Any, step: Any, left: Any = left, right: Any = right, start: int = start):
+                        at = place(step)
+
+                        @pl.when(step >= stages)
+                        def _() -> None:
+                            plgpu.barrier_wait(free.at[at])
+
+                        own = left.at[pl.ds(row, tiling.rows), pl.ds(start + i * SLICE, SLICE)]
+                        along = pl.ds(i * SLICE, SLICE)
+                        shared = right.at[(across, along) if transposed else (along, across)]
+                        plgpu.copy_gmem_to_smem(own, left_ring.at[at], full.at[at])
+                        plgpu.copy_gmem_to_smem(
+                            shared, right_ring.at[at], full.at[at], collective_axes="block"
+                        )
+                        return step + 1
+
+                    step = lax.fori_loop(0, many, load, step)
+                return step
+
+            def multiply_tile(tile: Any, carry: Any) -> Any:
+                row, column = corner(tile.index[0])
+                end = carry + sum(slices)
+
+                def summed(sums: Any) -> Any:
+                    def multiply(step: Any, _: None) -> None:
+                        at = place(step)
+                        plgpu.barrier_wait(full.at[at])
+                        left = left_ring.at[at].at[pl.ds(warpgroup * own_rows, own_rows)]
+                        right = right_ring.at[at]
+                        plgpu.wgmma(sums, left, right.transpose((1, 0)) if transposed else right)
+                        plgpu.wgmma_wait(1)
+
+                        # The product before this one is done.
+                        @pl.when(step > carry)
+                        def _done() -> None:
+                            plgpu.barrier_arrive(free.at[place(step - 1)])
+
+                    lax.fori_loop(carry, end, multiply, None)
+                    return sums[...]
+
+                result = pl.run_scoped(summed, plgpu.ACC((own_rows, tiling.columns), jnp.float32))
+                plgpu.barrier_arrive(free.at[place(end - 1)])
+                result = result.astype(dtype)
+                own = pl.ds(row + warpgroup * own_rows, own_rows)
+                for i, begin in enumerate(range(0, tiling.columns, SLICE)):
+                    buffer = out_buffers.at[warpgroup, i % 2]
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    buffer[...] = result[:, begin : begin + SLICE]
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(buffer, out_ref.at[own, pl.ds(column + begin, SLICE)])
+                return end
+
+            each_tile = plgpu.nd_loop(
+                (tiles[0] * tiles[1],), collective_axes="cluster", init_carry=jnp.int32(0)
+            )
+
+            @pl.when(warpgroup == MULTIPLYING)
+            def _() -> None:
+                plgpu.set_max_registers(_FEW, action="decrease")
+                steps = each_tile(load_tile)
+                # A block may not end before the other has signalled it for the last time.
+                for i in range(stages):
+
+                    @pl.when(steps > i)
+                    def _(i: int = i) -> None:
+                        plgpu.barrier_wait(free.at[place(steps - 1 - i)])
+
+            @pl.when(warpgroup < MULTIPLYING)
+            def _() -> None:
+                plgpu.set_max_registers(_MANY, action="increase")
+                each_tile(multiply_tile)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        def buffers(*shape: int) -> Any:
+            bytes_ = SLICE * 2
+            transforms = (
+                plgpu.TilingTransform((ROWS, bytes_ // dtype.itemsize)),
+                plgpu.SwizzleTransform(bytes_),
+            )
+            return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+        right_slice = (tiling.columns, SLICE) if transposed else (SLICE, tiling.columns)
+        pl.run_scoped(
+            scoped,
+            buffers(stages, tiling.rows, SLICE),
+            buffers(stages, *right_slice),
+            buffers(MULTIPLYING, 2, own_rows, SLICE),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=MULTIPLYING, num_barriers=stages),
+            collective_axes="warpgroup",
+        )
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((rows, out), dtype),
+        grid=(clusters,),
+        grid_names=("cluster",),
+        cluster=(BLOCKS,),
+        cluster_names=("block",),
+        num_threads=MULTIPLYING + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+    return call(*lefts, *rights)
