@@ -88,27 +88,29 @@ def tiling_for(rows: int, out: int, ks: Sequence[int], processors: int | None = 
     if not fits or not all(k % SLICE == 0 if k > SLICE else k % ROWS == 0 for k in ks):
         return None
 
-    clusters = _clusters(processors)
-
     def cost(choice: tuple[Tiling, float]) -> float:
         tiling, factor = choice
-        return -(-_tiles(rows, out, tiling) // clusters) * tiling.columns * factor
+        return _rounds(rows, out, tiling, processors)[0] * tiling.columns * factor
 
-    best = min(TILINGS, key=cost)
-    done = -(-_tiles(rows, out, best[0]) // clusters) * clusters * _area(best[0])
-    return best[0] if rows * out >= LEAST_USE * done else None
+    best = min(TILINGS, key=cost)[0]
+    area = BLOCKS * best.rows * best.columns
+    done = _rounds(rows, out, best, processors)[0] * _clusters(processors) * area
+    return best if rows * out >= LEAST_USE * done else None
 
 
 def _clusters(processors: int | None) -> int:
     return max(1, (processors or current_device().multiprocessors or BLOCKS) // BLOCKS)
 
 
-def _area(tiling: Tiling) -> int:
-    return BLOCKS * tiling.rows * tiling.columns
+def _rounds(rows: int, out: int, tiling: Tiling, processors: int | None) -> tuple[int, int]:
+    """How many tiles one after the other, and the least clusters that need no more.
 
-
-def _tiles(rows: int, out: int, tiling: Tiling) -> int:
-    return -(-rows // (BLOCKS * tiling.rows)) * -(-out // tiling.columns)
+    More would wait at the end, or the tiles of a strip would lie less evenly: at its power limit an H200 takes
+    2 to 3% less time with 64 clusters than with all 66, where the tiles make as many rounds either way.
+    """
+    tiles = -(-rows // (BLOCKS * tiling.rows)) * -(-out // tiling.columns)
+    rounds = -(-tiles // _clusters(processors))
+    return rounds, -(-tiles // rounds)
 
 
 def mosaic_sum_of_products(
@@ -137,7 +139,7 @@ def mosaic_sum_of_products(
     if is_assumed():
         return stand_in(*lefts, *rights, out_shape=jax.ShapeDtypeStruct((rows, out), lefts[0].dtype))
     starts = (0,) * len(lefts) if starts is None else tuple(starts)
-    clusters = min(_clusters(processors), _tiles(rows, out, tiling))
+    _, clusters = _rounds(rows, out, tiling, processors)
     return _call(lefts, rights, transposed, starts, tiling, clusters, interpret)
 
 
