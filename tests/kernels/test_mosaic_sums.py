@@ -16,13 +16,20 @@ from lorajax_kernels.device import Device, Implementation
 from lorajax_kernels.lora import (
     Adapter,
     choose_lora,
+    gated_lora_linears,
     gradient,
     lora_linears,
     mosaic,
     reference_lora_linears,
     swiglu_lora_linear,
 )
-from lorajax_kernels.lora.mosaic import Tiling, mosaic_sum_of_products, tiling_for
+from lorajax_kernels.lora.mosaic import (
+    Tiling,
+    gated_tiling_for,
+    mosaic_gated_sums,
+    mosaic_sum_of_products,
+    tiling_for,
+)
 
 H100 = Device("NVIDIA H100", (9, 0), multiprocessors=132)
 SMALL = Tiling(columns=128, stages=3)
@@ -126,6 +133,19 @@ def test_halves_are_summed_in_float32(interpreter, dtype):
     np.testing.assert_allclose(np.float32(found), exact, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
 
 
+@pytest.mark.parametrize("rows, out, ks", ((264, 192, (64, 24)), (256, 64, (128,))))
+def test_gate_up_and_their_product_are_made_at_once(interpreter, rows, out, ks):
+    lefts = [normal(rows, k, seed=i) for i, k in enumerate(ks)]
+    rights = [[normal(out, k, seed=9 * j + i) for i, k in enumerate(ks)] for j in (1, 2)]
+    found = mosaic_gated_sums(lefts, *rights, tiling=SMALL, processors=6, interpret=interpreter)
+    gate, up = (
+        sum(np.float64(a) @ np.float64(b).T for a, b in zip(lefts, side, strict=True)) for side in rights
+    )
+    for value, expected in zip(found, (gate, up, gate / (1 + np.exp(-gate)) * up), strict=True):
+        assert value.shape == expected.shape and value.dtype == jnp.float32
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture
 def sums_of_mosaic(interpreter, monkeypatch):
     """Layers whose sums are Mosaic's and whose small products are XLA's; the list of what it was given."""
@@ -135,7 +155,15 @@ def sums_of_mosaic(interpreter, monkeypatch):
         given.append([left.shape[1] for left in lefts])
         return mosaic_sum_of_products(lefts, rights, processors=4, interpret=interpreter, **options)
 
+    def gated(lefts, *rights, **options):
+        given.append(("gated", *(left.shape[1] for left in lefts)))
+        return mosaic_gated_sums(lefts, *rights, processors=4, interpret=interpreter, **options)
+
     monkeypatch.setattr(gradient, "mosaic_sum_of_products", interpreted)
+    monkeypatch.setattr(gradient, "mosaic_gated_sums", gated)
+    monkeypatch.setattr(
+        gradient, "gated_tiling_for", lambda rows, out, ks: gated_tiling_for(rows, out, ks, 4) and SMALL
+    )
     monkeypatch.setattr(mosaic, "LEAST_USE", 0)
     monkeypatch.setattr(gradient, "tiling_for", lambda rows, out, ks: tiling_for(rows, out, ks, 4) and SMALL)
     implementation = Implementation("mosaic", lambda *_: None, gradient.XLA._replace(sums=True))
@@ -220,6 +248,54 @@ def test_a_layer_after_a_gate_equals_the_reference(sums_of_mosaic):
     expected = gradients(lambda g, u: reference_lora_linears(jax.nn.silu(g) * u, [weight], [own])[0])
     for value, other in zip(found, expected, strict=True):
         assert np.linalg.norm(value - other) <= 1e-5 * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    (((8, 16), [("gated", 64, 24), [128, 8], [64, 8], [128, 128, 24]]), ((40, 40), ("gated", 64, 128))),
+)
+def test_an_mlp_equals_the_reference(sums_of_mosaic, ranks, expected):
+    x, up_weights, down = normal(256, 64), [normal(128, 64, seed=i) for i in (1, 2)], normal(64, 128)
+    adapters = [adapter(rank, 64, 128, i) for i, rank in enumerate(ranks)]
+    own = adapter(8, 128, 64, 2)
+
+    def mlp(x, pairs):
+        trained = [Adapter(*pair, a.scale) for a, pair in zip(adapters, pairs, strict=True)]
+        gate, up, product = gated_lora_linears(x, up_weights, trained)
+        assert product is not None
+        return swiglu_lora_linear(gate, up, down, own, product=product)
+
+    def plain(x, pairs):
+        trained = [Adapter(*pair, a.scale) for a, pair in zip(adapters, pairs, strict=True)]
+        gate, up = reference_lora_linears(x, up_weights, trained)
+        return reference_lora_linears(jax.nn.silu(gate) * up, [down], [own])[0]
+
+    def gradients(function):
+        pairs = [(a.a, a.b) for a in adapters]
+        return jax.tree.leaves(jax.grad(lambda *a: jnp.sum(function(*a) ** 2), argnums=(0, 1))(x, pairs))
+
+    found = gradients(mlp)
+    assert expected in (sums_of_mosaic, sums_of_mosaic[0])
+    for value, other in zip(found, gradients(plain), strict=True):
+        assert np.linalg.norm(value - other) <= 1e-5 * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize("what", ("biases", "one without", "sizes", "arrangement", "columns"))
+def test_the_product_is_left_out_where_it_is_not_at_hand(sums_of_mosaic, what):
+    outs = {"sizes": (64, 128), "columns": (40, 40)}.get(what, (64, 64))
+    x, weights = normal(256, 64), [normal(out, 64, seed=i) for i, out in enumerate(outs)]
+    adapters = [adapter(8, 64, out, i) for i, out in enumerate(outs)]
+    options = {}
+    if what == "one without":
+        adapters[1] = None
+    if what == "biases":
+        options["biases"] = [None, normal(64)]
+    if what == "arrangement":
+        options["arrangement"] = "joined"
+    *found, product = jax.jit(lambda x: gated_lora_linears(x, weights, adapters, **options))(x)
+    assert product is None and ("gated", 64, 16) not in sums_of_mosaic
+    for value, other in zip(found, lora_linears(x, weights, adapters, **options), strict=True):
+        np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -19,6 +20,7 @@ __all__ = [
     "ARRANGEMENTS",
     "Adapter",
     "choose_lora",
+    "gated_lora_linears",
     "lora_implementations",
     "lora_linear",
     "lora_linears",
@@ -139,15 +141,76 @@ def lora_linears(
         ValueError: shapes, dtypes or options do not fit together, or the implementation is unknown or cannot
             serve.
     """
+    options = _Options(norm, trainable_bias, arrangement, implementation)
+    return _of_all(x, weights, adapters, biases, options)[0]
+
+
+def gated_lora_linears(
+    x: Float[Array, "*rows in"],
+    weights: Sequence[Float[Array, "out in"] | NF4Weight],
+    adapters: Sequence[Adapter | None],
+    *,
+    biases: Sequence[Float[Array, " out"] | None] | None = None,
+    norm: tuple[Float[Array, " in"], float] | None = None,
+    trainable_bias: bool = False,
+    arrangement: str = "auto",
+    implementation: str = "auto",
+) -> tuple[Float[Array, "*rows out"], Float[Array, "*rows out"], Float[Array, "*rows out"] | None]:
+    """`lora_linears` of gate and up, and swiglu(gate, up) where one kernel makes all three.
+
+        gate, up, product = gated_lora_linears(x, [w_gate, w_up], [gate_adapter, up_adapter])
+        y = swiglu_lora_linear(gate, up, w_down, down_adapter, product=product)
+
+    The third result is None where the implementation has no such kernel ("mosaic" has, for layers of equal
+    size with adapters and without biases), and has no gradient. Where gate and up are made again in the
+    backward pass, lora_linears does less: the product is not needed there.
+
+    Args:
+        x, weights, adapters, biases, norm, trainable_bias, arrangement, implementation: as in lora_linears.
+
+    Raises:
+        ValueError: as in lora_linears, or there are not two layers.
+    """
+    if len(weights) != 2:
+        raise ValueError(f"gated_lora_linears: weights must be those of gate and up, got {len(weights)}")
+    options = _Options(norm, trainable_bias, arrangement, implementation, gated=True)
+    (gate, up), product = _of_all(x, weights, adapters, biases, options)
+    return gate, up, product
+
+
+class _Options(NamedTuple):
+    """What lora_linears and gated_lora_linears are told."""
+
+    norm: tuple[Array, float] | None
+    trainable_bias: bool
+    arrangement: str
+    implementation: str
+    gated: bool = False
+
+
+def _of_all(
+    x: Array,
+    weights: Sequence[Array | NF4Weight],
+    adapters: Sequence[Adapter | None],
+    biases: Sequence[Array | None] | None,
+    options: _Options,
+) -> tuple[tuple[Array, ...], Array | None]:
     weights, adapters = tuple(weights), tuple(adapters)
     biases = (None,) * len(weights) if biases is None else tuple(biases)
-    _check(x, weights, adapters, biases, arrangement)
-    norm_weight, epsilon = (None, 0.0) if norm is None else norm
-    if norm_weight is not None and norm_weight.shape != (x.shape[-1],):
-        raise ValueError(f"lora_linears: norm must be of [in={x.shape[-1]}], got shape {norm_weight.shape}")
-    options = _options(x, adapters, arrangement, trainable_bias, implementation, epsilon)
-    ys = gradient.apply(options, x.reshape(-1, x.shape[-1]), norm_weight, weights, adapters, biases)
-    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+    _check(x, weights, adapters, biases, options.arrangement)
+    norm, epsilon = (None, 0.0) if options.norm is None else options.norm
+    if norm is not None and norm.shape != (x.shape[-1],):
+        raise ValueError(f"lora_linears: norm must be of [in={x.shape[-1]}], got shape {norm.shape}")
+    static = gradient.Options(
+        options.arrangement,
+        options.trainable_bias,
+        _kernels(x, adapters, options.implementation),
+        epsilon,
+        options.gated,
+    )
+    ys, product = gradient.apply(static, x.reshape(-1, x.shape[-1]), norm, weights, adapters, biases)
+    shaped = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return tuple(shaped), None if product is None else product.reshape(shaped[0].shape)
 
 
 def swiglu_lora_linear(
@@ -156,6 +219,7 @@ def swiglu_lora_linear(
     weight: Float[Array, "out in"] | NF4Weight,
     adapter: Adapter | None,
     *,
+    product: Float[Array, "*rows in"] | None = None,
     bias: Float[Array, " out"] | None = None,
     trainable_bias: bool = False,
     arrangement: str = "auto",
@@ -167,39 +231,34 @@ def swiglu_lora_linear(
 
     Args:
         gate, up: float32, bfloat16 or float16.
+        product: swiglu(gate, up), where it is there already (see gated_lora_linears). Gradients are those of
+            gate and up all the same.
         weight, adapter, bias, trainable_bias, arrangement, implementation: as in lora_linears.
 
     Returns:
         In gate's dtype.
 
     Raises:
-        ValueError: as in lora_linears, or up does not fit gate.
+        ValueError: as in lora_linears, or up or product do not fit gate.
     """
-    if up.shape != gate.shape or up.dtype != gate.dtype:
-        raise ValueError(
-            f"swiglu_lora_linear: up must be {gate.dtype} of shape {gate.shape} to fit gate, "
-            f"got {up.dtype} of shape {up.shape}"
-        )
+    for name, other in (("up", up), ("product", product)):
+        if other is not None and (other.shape != gate.shape or other.dtype != gate.dtype):
+            raise ValueError(
+                f"swiglu_lora_linear: {name} must be {gate.dtype} of shape {gate.shape} to fit gate, "
+                f"got {other.dtype} of shape {other.shape}"
+            )
     _check(gate, (weight,), (adapter,), (bias,), arrangement)
-    options = _options(gate, (adapter,), arrangement, trainable_bias, implementation)
-    flat = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
+    options = gradient.Options(arrangement, trainable_bias, _kernels(gate, (adapter,), implementation))
+    flat = [None if x is None else x.reshape(-1, x.shape[-1]) for x in (gate, up, product)]
     y = gradient.apply_gated(options, *flat, weight, adapter, bias)
     return y.reshape(*gate.shape[:-1], y.shape[-1])
 
 
-def _options(
-    x: Array,
-    adapters: gradient.Adapters,
-    arrangement: str,
-    trainable_bias: bool,
-    implementation: str,
-    epsilon: float = 0.0,
-) -> gradient.Options:
+def _kernels(x: Array, adapters: Sequence[Adapter | None], implementation: str) -> gradient.Kernels:
     rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
     choice = choose_lora(x.dtype, rank, implementation=implementation)
     # No rows are no programs for a kernel.
-    kernels = function_of(_IMPLEMENTATIONS, choice.name) if x.size else gradient.XLA
-    return gradient.Options(arrangement, trainable_bias, kernels, epsilon)
+    return function_of(_IMPLEMENTATIONS, choice.name) if x.size else gradient.XLA
 
 
 def _check(

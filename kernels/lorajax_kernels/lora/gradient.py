@@ -29,7 +29,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lorajax_kernels.elementwise import inverse_rms, rms_norm, swiglu
-from lorajax_kernels.lora.mosaic import SLICE, Tiling, mosaic_sum_of_products, tiling_for
+from lorajax_kernels.lora.mosaic import (
+    SLICE,
+    Tiling,
+    gated_tiling_for,
+    mosaic_gated_sums,
+    mosaic_sum_of_products,
+    tiling_for,
+)
 from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
 from lorajax_kernels.lora.products import should_join, sum_of_products
 from lorajax_kernels.lora.triton import (
@@ -85,19 +92,25 @@ class Options:
         trainable_bias: whether biases have gradients.
         kernels: what makes the small products.
         epsilon: of the norm, where there is one.
+        gated: whether swiglu of the two outputs is wanted too, if that costs no pass of its own.
     """
 
     arrangement: str
     trainable_bias: bool
     kernels: Kernels
     epsilon: float = 0.0
+    gated: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply(
     options: Options, x: Rows, norm: Array | None, weights: Weights, adapters: Adapters, biases: Biases
-) -> Outputs:
-    """Of rms_norm(x, norm), with x as residual in place of what is normalised; of x without `norm`."""
+) -> tuple[Outputs, Array | None]:
+    """The outputs, and swiglu of them if options say so and it is at hand: that has no gradient here.
+
+    Args:
+        norm: the layers see rms_norm(x, norm), with x as residual in place of what is normalised.
+    """
     return _forward(options, x, norm, weights, adapters, biases)[0]
 
 
@@ -110,12 +123,19 @@ def _forward(
     if norm is not None:
         inverse = checkpoint_name(inverse_rms(x, epsilon=options.epsilon)[:, 0], "lora_hidden")
         x = rms_norm(x, norm, epsilon=options.epsilon)
-    u, ys = _hidden_and_outputs(options, x, weights, adapters)
+    if any(bias is not None for bias in biases):
+        options = dataclasses.replace(options, gated=False)  # of the outputs with their biases
+    gated = None
+    if (tiling := _gated_tiling(options, x, weights, adapters)) is not None:
+        u, ys, gated = _hidden_and_gated(options, x, weights, adapters, tiling)
+    else:
+        u, ys = _hidden_and_outputs(options, x, weights, adapters)
     ys = [y if bias is None else y + bias.astype(y.dtype) for y, bias in zip(ys, biases, strict=True)]
-    return tuple(ys), (u, inverse, *residuals)
+    return (tuple(ys), gated), (u, inverse, *residuals)
 
 
-def _backward(options: Options, residuals, dys: Outputs):
+def _backward(options: Options, residuals, cotangents: tuple[Outputs, Array | None]):
+    dys, _ = cotangents
     u, inverse, x, norm, weights, adapters, biases = residuals
     dys, weights, adapters = _once_there(tuple(dys), x.dtype, weights, adapters)
     dus, dbs = _gradients_of_b(options, dys, u, adapters)
@@ -136,16 +156,33 @@ apply.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply_gated(
-    options: Options, gate: Rows, up: Rows, weight: Weight, adapter: Adapter | None, bias: Array | None
+    options: Options,
+    gate: Rows,
+    up: Rows,
+    product: Rows | None,
+    weight: Weight,
+    adapter: Adapter | None,
+    bias: Array | None,
 ) -> Array:
-    """`apply` of one layer to x = silu(gate) * up, with gate and up as residuals in place of x."""
-    return _gated_forward(options, gate, up, weight, adapter, bias)[0]
+    """`apply` of one layer to x = silu(gate) * up, with gate and up as residuals in place of x.
+
+    Args:
+        product: x, where it is there already; it has no gradient.
+    """
+    return _gated_forward(options, gate, up, product, weight, adapter, bias)[0]
 
 
 def _gated_forward(
-    options: Options, gate: Rows, up: Rows, weight: Weight, adapter: Adapter | None, bias: Array | None
+    options: Options,
+    gate: Rows,
+    up: Rows,
+    product: Rows | None,
+    weight: Weight,
+    adapter: Adapter | None,
+    bias: Array | None,
 ):
-    (y,), (u, *_) = _forward(options, swiglu(gate, up), None, (weight,), (adapter,), (bias,))
+    x = swiglu(gate, up) if product is None else product
+    ((y,), _), (u, *_) = _forward(options, x, None, (weight,), (adapter,), (bias,))
     return y, (gate, up, u, weight, adapter, bias)
 
 
@@ -168,7 +205,7 @@ def _gated_backward(options: Options, residuals, dy: Array):
         dadapter, gate, up = jax.lax.optimization_barrier((dadapter, gate, up))
         dgate, dup = jax.vjp(swiglu, gate, up)[1](dx)
     dbiases = _gradients_of_biases(options, [dy], (bias,))
-    return dgate, dup, None, dadapter, None if dbiases is None else dbiases[0]
+    return dgate, dup, None, None, dadapter, None if dbiases is None else dbiases[0]
 
 
 apply_gated.defvjp(_gated_forward, _gated_backward)
@@ -196,13 +233,10 @@ def _hidden_and_outputs(
     )
     at_once = options.kernels.hidden_and_joined if join else None
     joined = None
-    if any(adapter.drops for adapter in present):
-        parts = [product("ri,ki->rk", drop(x, adapter), _stacked_a(x, [adapter])) for adapter in present]
-        u = _filled_up(jnp.concatenate(parts, axis=1), multiple, axis=1)
-    elif at_once is not None:
+    if at_once is not None and not any(adapter.drops for adapter in present):
         u, joined = at_once(x, _filled_up(_stacked_a(x, present), multiple, axis=0))
     else:
-        u = product("ri,ki->rk", x, _filled_up(_stacked_a(x, present), multiple, axis=0))
+        u = _hidden(x, present, multiple)
     u = checkpoint_name(u, "lora_hidden")
     if join and joined is None:
         joined = jnp.concatenate([x, u], axis=1)
@@ -215,18 +249,57 @@ def _hidden_and_outputs(
         if adapter is None:
             ys.append(product("ri,oi->ro", x, w))
             continue
-        b = scaled(adapter.b, adapter.scale, x.dtype)
         if tiling is not None:
-            s = jnp.pad(b, ((0, 0), (own.start - window.start, window.stop - own.stop)))  # [out, window]
+            s = _in_columns(adapter, own, window, x.dtype)
             starts = (0, window.start)
             ys.append(mosaic_sum_of_products([x, u], [w, s], transposed=True, tiling=tiling, starts=starts))
         elif joined is not None:
-            s = jnp.pad(b, ((0, 0), (own.start, u.shape[1] - own.stop)))  # [out, R]
+            s = _in_columns(adapter, own, slice(0, u.shape[1]), x.dtype)
             ys.append(product("rk,ok->ro", joined, jnp.concatenate([w, s], axis=1)))
         else:
+            b = scaled(adapter.b, adapter.scale, x.dtype)
             # In this order cuBLAS may add the first to the second, see sum_of_products.
             ys.append(product("rk,ok->ro", x, w) + product("rk,ok->ro", u[:, own], b))
     return u, ys
+
+
+def _hidden_and_gated(
+    options: Options, x: Rows, weights: Weights, adapters: Adapters, tiling: Tiling
+) -> tuple[Hidden, list[Array], Array]:
+    """Of two layers with adapters: their hidden activations, their outputs, and swiglu of these."""
+    present = _present(adapters)
+    u = checkpoint_name(_hidden(x, present, _multiple(options, present)), "lora_hidden")
+    rights = [
+        [dense(weight, x.dtype), _in_columns(adapter, own, slice(0, u.shape[1]), x.dtype)]
+        for weight, adapter, own in zip(weights, present, _columns(present), strict=True)
+    ]
+    *ys, gated = mosaic_gated_sums([x, u], *rights, tiling=tiling)
+    return u, ys, gated
+
+
+def _hidden(x: Rows, present: Sequence[Adapter], multiple: int) -> Hidden:
+    """x A^T of all adapters side by side, filled up to a multiple of this many columns."""
+    if any(adapter.drops for adapter in present):
+        parts = [product("ri,ki->rk", drop(x, adapter), _stacked_a(x, [adapter])) for adapter in present]
+        return _filled_up(jnp.concatenate(parts, axis=1), multiple, axis=1)
+    return product("ri,ki->rk", x, _filled_up(_stacked_a(x, present), multiple, axis=0))
+
+
+def _in_columns(adapter: Adapter, own: slice, window: slice, dtype: jnp.dtype) -> Float[Array, "out window"]:
+    """scale B in the columns of u that are its own, and zeros in the others of the window."""
+    b = scaled(adapter.b, adapter.scale, dtype)
+    return jnp.pad(b, ((0, 0), (own.start - window.start, window.stop - own.stop)))
+
+
+def _gated_tiling(options: Options, x: Rows, weights: Weights, adapters: Adapters) -> Tiling | None:
+    """For two layers and swiglu of both in one kernel; None where that is not wanted or does not fit."""
+    present = _present(adapters)
+    if not options.gated or not options.kernels.sums or options.arrangement != "auto":
+        return None
+    if len(present) != 2 or len(weights) != 2 or weights[0].shape != weights[1].shape:
+        return None
+    ranks, multiple = sum(adapter.rank for adapter in present), _multiple(options, present)
+    return gated_tiling_for(x.shape[0], weights[0].shape[0], [x.shape[1], -(-ranks // multiple) * multiple])
 
 
 def _tiling(options: Options, rows: int, out: int, ks: Sequence[int]) -> Tiling | None:

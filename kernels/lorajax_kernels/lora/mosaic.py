@@ -14,6 +14,7 @@ beyond an operand's edges is loaded as zero, and nothing is stored there.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -105,8 +106,8 @@ def _clusters(processors: int | None) -> int:
 def _rounds(rows: int, out: int, tiling: Tiling, processors: int | None) -> tuple[int, int]:
     """How many tiles one after the other, and the least clusters that need no more.
 
-    More would wait at the end, or the tiles of a strip would lie less evenly: at its power limit an H200 takes
-    2 to 3% less time with 64 clusters than with all 66, where the tiles make as many rounds either way.
+    More would wait at the end, or the tiles of a strip would lie less evenly: an H200 at its power limit
+    takes 2 to 3% less time with 64 clusters than with all 66, where both have as many rounds.
     """
     tiles = -(-rows // (BLOCKS * tiling.rows)) * -(-out // tiling.columns)
     rounds = -(-tiles // _clusters(processors))
@@ -134,37 +135,82 @@ def mosaic_sum_of_products(
         processors: multiprocessors of the GPU; None: of the current device.
         interpret: as in pallas.mosaic_gpu.kernel.
     """
-    lefts, rights = tuple(lefts), tuple(rights)
-    rows, out = lefts[0].shape[0], rights[0].shape[0 if transposed else 1]
-    if is_assumed():
-        return stand_in(*lefts, *rights, out_shape=jax.ShapeDtypeStruct((rows, out), lefts[0].dtype))
     starts = (0,) * len(lefts) if starts is None else tuple(starts)
-    _, clusters = _rounds(rows, out, tiling, processors)
-    return _call(lefts, rights, transposed, starts, tiling, clusters, interpret)
+    return _run(lefts, [rights], transposed, starts, tiling, processors, interpret)[0]
+
+
+def gated_tiling_for(rows: int, out: int, ks: Sequence[int], processors: int | None = None) -> Tiling | None:
+    """As tiling_for, for mosaic_gated_sums."""
+    found = tiling_for(rows, 2 * out, ks, processors)
+    return found if found is not None and found.columns % (2 * SLICE) == 0 and out % SLICE == 0 else None
+
+
+def mosaic_gated_sums(
+    lefts: Sequence[Float[Array, "rows _"]],
+    gate_rights: Sequence[Float[Array, "out _"]],
+    up_rights: Sequence[Float[Array, "out _"]],
+    *,
+    tiling: Tiling,
+    processors: int | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "rows out"], Float[Array, "rows out"], Float[Array, "rows out"]]:
+    """gate = sum of left_j @ gate_right_j^T, up likewise, and silu(gate) * up of what they are rounded to.
+
+    Half of a tile's columns are gate's and half are up's, so that both are at hand for their product.
+
+    Args:
+        lefts, tiling, processors, interpret: as in mosaic_sum_of_products; of lefts all columns count.
+        gate_rights, up_rights: each [out, k_j].
+    """
+    gate, up, gated = _run(
+        lefts, [gate_rights, up_rights], True, (0,) * len(lefts), tiling, processors, interpret
+    )
+    return gate, up, gated
+
+
+def _run(
+    lefts: Sequence[Array],
+    rights: Sequence[Sequence[Array]],
+    transposed: bool,
+    starts: tuple[int, ...],
+    tiling: Tiling,
+    processors: int | None,
+    interpret: Any,
+) -> list[Array]:
+    """The sums of each of `rights`; of two, also of what is made of both."""
+    rows, out = lefts[0].shape[0], rights[0][0].shape[0 if transposed else 1]
+    results = [jax.ShapeDtypeStruct((rows, out), lefts[0].dtype)] * (1 if len(rights) == 1 else 3)
+    if is_assumed():
+        return stand_in(*lefts, *itertools.chain(*rights), out_shape=results)
+    _, clusters = _rounds(rows, len(rights) * out, tiling, processors)
+    return _call(tuple(lefts), tuple(map(tuple, rights)), transposed, starts, tiling, clusters, interpret)
 
 
 # Traced once for all layers.
 @functools.partial(jax.jit, static_argnums=range(2, 7))
 def _call(
     lefts: tuple[Array, ...],
-    rights: tuple[Array, ...],
+    rights: tuple[tuple[Array, ...], ...],
     transposed: bool,
     starts: tuple[int, ...],
     tiling: Tiling,
     clusters: int,
     interpret: Any,
-) -> Array:
+) -> list[Array]:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    count, dtype, stages = len(lefts), lefts[0].dtype, tiling.stages
-    rows, out = lefts[0].shape[0], rights[0].shape[0 if transposed else 1]
-    slices = [-(-right.shape[1 if transposed else 0] // SLICE) for right in rights]
-    tiles = -(-rows // (BLOCKS * tiling.rows)), -(-out // tiling.columns)
+    count, parts, dtype, stages = len(lefts), len(rights), lefts[0].dtype, tiling.stages
+    rows, out = lefts[0].shape[0], rights[0][0].shape[0 if transposed else 1]
+    slices = [-(-right.shape[1 if transposed else 0] // SLICE) for right in rights[0]]
+    width = tiling.columns // parts  # of a tile's columns, each part's
+    tiles = -(-rows // (BLOCKS * tiling.rows)), -(-out // width)
     own_rows = tiling.rows // MULTIPLYING
 
-    def kernel(*refs: Any) -> None:
-        left_refs, right_refs, out_ref = refs[:count], refs[count:-1], refs[-1]
+    def sums_of_products(*refs: Any) -> None:
+        ends = list(range(0, (1 + parts) * count + 1, count))
+        left_refs, *right_refs = (refs[i:j] for i, j in itertools.pairwise(ends))
+        out_refs = refs[ends[-1] :]
 
         def scoped(left_ring: Any, right_ring: Any, out_buffers: Any, full: Any, free: Any) -> None:
             warpgroup = lax.axis_index("warpgroup")
@@ -172,7 +218,7 @@ def _call(
             def corner(tile: Any) -> tuple[Any, Any]:
                 row, column = plgpu.planar_snake(tile, tiles, 0, tiling.strip)
                 row = row * BLOCKS + lax.axis_index("block")
-                return row * tiling.rows, column * tiling.columns
+                return row * tiling.rows, column * width
 
             def place(step: Any) -> Any:
                 return lax.rem(step, jnp.int32(stages))
@@ -180,23 +226,28 @@ def _call(
             # Both count the slices, from tile to tile, as steps.
             def load_tile(tile: Any, carry: Any) -> Any:
                 row, column = corner(tile.index[0])
-                across, step = pl.ds(column, tiling.columns), carry
-                for left, right, start, many in zip(left_refs, right_refs, starts, slices, strict=True):
+                across, step = pl.ds(column, width), carry
+                for j, many in enumerate(slices):
 
-                    def load(i: Any, step: Any, left: Any = left, right: Any = right, start: int = start):
+                    def load(i: Any, step: Any, j: int = j) -> Any:
                         at = place(step)
 
                         @pl.when(step >= stages)
                         def _() -> None:
                             plgpu.barrier_wait(free.at[at])
 
-                        own = left.at[pl.ds(row, tiling.rows), pl.ds(start + i * SLICE, SLICE)]
-                        along = pl.ds(i * SLICE, SLICE)
-                        shared = right.at[(across, along) if transposed else (along, across)]
+                        own = left_refs[j].at[pl.ds(row, tiling.rows), pl.ds(starts[j] + i * SLICE, SLICE)]
                         plgpu.copy_gmem_to_smem(own, left_ring.at[at], full.at[at])
-                        plgpu.copy_gmem_to_smem(
-                            shared, right_ring.at[at], full.at[at], collective_axes="block"
-                        )
+                        along = pl.ds(i * SLICE, SLICE)
+                        for part, rights in enumerate(right_refs):
+                            plgpu.copy_gmem_to_smem(
+                                rights[j].at[(across, along) if transposed else (along, across)],
+                                right_ring.at[at].at[pl.ds(part * width, width)]
+                                if parts > 1
+                                else right_ring.at[at],
+                                full.at[at],
+                                collective_axes="block",
+                            )
                         return step + 1
 
                     step = lax.fori_loop(0, many, load, step)
@@ -225,14 +276,19 @@ def _call(
 
                 result = pl.run_scoped(summed, plgpu.ACC((own_rows, tiling.columns), jnp.float32))
                 plgpu.barrier_arrive(free.at[place(end - 1)])
-                result = result.astype(dtype)
                 own = pl.ds(row + warpgroup * own_rows, own_rows)
-                for i, begin in enumerate(range(0, tiling.columns, SLICE)):
-                    buffer = out_buffers.at[warpgroup, i % 2]
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    buffer[...] = result[:, begin : begin + SLICE]
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(buffer, out_ref.at[own, pl.ds(column + begin, SLICE)])
+                number = 0
+                for begin in range(0, width, SLICE):
+                    columns = [
+                        result[:, i : i + SLICE].astype(dtype) for i in range(begin, tiling.columns, width)
+                    ]
+                    for ref, value in zip(out_refs, columns if parts == 1 else _gated(*columns), strict=True):
+                        buffer = out_buffers.at[warpgroup, number % 2]
+                        number += 1
+                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                        buffer[...] = value
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(buffer, ref.at[own, pl.ds(column + begin, SLICE)])
                 return end
 
             each_tile = plgpu.nd_loop(
@@ -270,14 +326,14 @@ def _call(
             buffers(stages, tiling.rows, SLICE),
             buffers(stages, *right_slice),
             buffers(MULTIPLYING, 2, own_rows, SLICE),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1 + parts, num_barriers=stages),
             plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=MULTIPLYING, num_barriers=stages),
             collective_axes="warpgroup",
         )
 
     call = plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((rows, out), dtype),
+        sums_of_products,
+        out_type=[jax.ShapeDtypeStruct((rows, out), dtype)] * (1 if parts == 1 else 3),
         grid=(clusters,),
         grid_names=("cluster",),
         cluster=(BLOCKS,),
@@ -287,4 +343,10 @@ def _call(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    return call(*lefts, *rights)
+    return call(*lefts, *itertools.chain(*rights))
+
+
+def _gated(gate: Array, up: Array) -> tuple[Array, Array, Array]:
+    wide = gate.astype(jnp.float32)
+    product = wide / (1 + jnp.exp(-wide)) * up.astype(jnp.float32)
+    return gate, up, product.astype(gate.dtype)
