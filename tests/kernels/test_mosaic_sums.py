@@ -76,12 +76,27 @@ def normal(*shape, dtype=jnp.float32, seed=0):
     return jnp.asarray(random.standard_normal(shape) / shape[-1] ** 0.5, dtype)
 
 
+def ready(results):
+    """Before anything else runs: the interpreter's threads may wait for ops that are under way elsewhere."""
+    return jax.block_until_ready(results)
+
+
 @pytest.fixture
-def interpreter():
+def interpreter(monkeypatch):
+    """For `interpret`. No two threads may touch the same memory unordered, copies' included."""
     plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip(f"JAX {jax.__version__} has no interpreter for clusters of Mosaic GPU (0.11 has)")
-    return plgpu.InterpretGPUParams()
+    from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import get_races
+    from jax._src.pallas.mosaic_gpu.interpret.shared_memory import GPUSharedMemory
+
+    wait = GPUSharedMemory.wait_smem_to_gmem
+    # It compares n, a JAX array, in a callback and within a lock: that op may wait for the callback to end.
+    monkeypatch.setattr(
+        GPUSharedMemory, "wait_smem_to_gmem", lambda self, thread, n, reads: wait(self, thread, int(n), reads)
+    )
+    yield plgpu.InterpretGPUParams(detect_races=True)
+    assert not get_races().races_found  # by the last kernel
 
 
 @pytest.mark.parametrize(
@@ -90,8 +105,8 @@ def interpreter():
         (256, 128, (128, 32), SMALL, True),  # one tile, and a slice that is half there
         (264, 192, (64, 24, 64), SMALL, False),  # rows and columns that are no multiple of a tile's
         (264, 192, (64, 24, 64), SMALL, True),
-        (264, 320, (64, 8), Tiling(columns=192), False),
-        (16, 576, (64,), Tiling(columns=256, stages=2), True),
+        (1032, 320, (64, 8), Tiling(columns=192, stages=3), False),  # a tile leaves an odd number of results
+        (16, 576, (64,), Tiling(columns=256, stages=2, buffers=4), True),
         (1032, 64, (64, 8), Tiling(columns=128, stages=6, strip=2), True),
     ),
 )
@@ -101,10 +116,10 @@ def test_sums_are_those_of_the_products(interpreter, rows, out, ks, tiling, tran
     expected = sum(np.float64(a) @ np.float64(b).T for a, b in zip(lefts, rights, strict=True))
     found = mosaic_sum_of_products(
         lefts,
-        rights if transposed else [right.T for right in rights],
+        rights if transposed else ready([right.T for right in rights]),
         transposed=transposed,
         tiling=tiling,
-        processors=6,
+        processors=4,
         interpret=interpreter,
     )
     assert found.shape == expected.shape and found.dtype == jnp.float32
@@ -182,9 +197,12 @@ def outputs_and_gradients(layers, x, weights, adapters):
         ]
         return layers(x, weights, trained)
 
-    ab = [a and (a.a, a.b) for a in adapters]
-    ys, vjp = jax.jit(lambda x, ab: jax.vjp(run, x, ab))(x, ab)
-    return [*ys, *jax.tree.leaves(vjp(tuple(normal(*y.shape, seed=5) for y in ys)))]
+    @jax.jit
+    def both(x, ab):
+        ys, vjp = jax.vjp(run, x, ab)
+        return [*ys, *jax.tree.leaves(vjp(tuple(normal(*y.shape, seed=5) for y in ys)))]
+
+    return ready(both(x, [a and (a.a, a.b) for a in adapters]))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +259,8 @@ def test_a_layer_after_a_gate_equals_the_reference(sums_of_mosaic):
     )
 
     def gradients(function):
-        return jax.grad(lambda gate, up: jnp.sum(function(gate, up) ** 2), argnums=(0, 1))(gate, up)
+        gradient = jax.grad(lambda gate, up: jnp.sum(function(gate, up) ** 2), argnums=(0, 1))
+        return ready(jax.jit(gradient)(gate, up))
 
     found = gradients(lambda gate, up: swiglu_lora_linear(gate, up, weight, own))
     assert sums_of_mosaic == [[64, 8], [128, 8]]
@@ -272,7 +291,8 @@ def test_an_mlp_equals_the_reference(sums_of_mosaic, ranks, expected):
 
     def gradients(function):
         pairs = [(a.a, a.b) for a in adapters]
-        return jax.tree.leaves(jax.grad(lambda *a: jnp.sum(function(*a) ** 2), argnums=(0, 1))(x, pairs))
+        gradient = jax.grad(lambda *arrays: jnp.sum(function(*arrays) ** 2), argnums=(0, 1))
+        return jax.tree.leaves(ready(jax.jit(gradient)(x, pairs)))
 
     found = gradients(mlp)
     assert expected in (sums_of_mosaic, sums_of_mosaic[0])
@@ -292,9 +312,10 @@ def test_the_product_is_left_out_where_it_is_not_at_hand(sums_of_mosaic, what):
         options["biases"] = [None, normal(64)]
     if what == "arrangement":
         options["arrangement"] = "joined"
-    *found, product = jax.jit(lambda x: gated_lora_linears(x, weights, adapters, **options))(x)
+    *found, product = ready(jax.jit(lambda x: gated_lora_linears(x, weights, adapters, **options))(x))
     assert product is None and ("gated", 64, 16) not in sums_of_mosaic
-    for value, other in zip(found, lora_linears(x, weights, adapters, **options), strict=True):
+    expected = ready(jax.jit(lambda x: lora_linears(x, weights, adapters, **options))(x))
+    for value, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-5)
 
 

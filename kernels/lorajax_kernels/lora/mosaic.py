@@ -48,6 +48,7 @@ class Tiling:
     Attributes:
         columns: of a tile, a multiple of 64 up to 256.
         stages: slices in the ring.
+        buffers: of 64 columns of results, for each warpgroup, that wait to be stored.
         rows: of a block's tile.
         strip: tiles one above the other that are taken before those beside them. What is read again comes
             from the L2 cache then. To take a column of tiles at a time reads all of the left operands from
@@ -56,6 +57,7 @@ class Tiling:
 
     columns: int = 256
     stages: int = 4
+    buffers: int = 2
     rows: int = 128
     strip: int = 8
 
@@ -127,7 +129,7 @@ def mosaic_sum_of_products(
     """Sum of left_j[:, start_j : start_j + k_j] @ right_j in their dtype, from float32 sums.
 
     Args:
-        lefts: of bfloat16 or float16.
+        lefts: of bfloat16 or float16; of a multiple of 64 columns, or of 8 up to 64.
         rights: each [k_j, out], or [out, k_j] if `transposed`, of the same dtype.
         starts: of the columns of each left that count, multiples of 64; None: 0. Of up to 64 columns, those
             beyond right's k are read too, and meet zeros.
@@ -277,15 +279,18 @@ def _call(
                 result = pl.run_scoped(summed, plgpu.ACC((own_rows, tiling.columns), jnp.float32))
                 plgpu.barrier_arrive(free.at[place(end - 1)])
                 own = pl.ds(row + warpgroup * own_rows, own_rows)
+                # The last tile's results have long been stored: each buffer is free.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 number = 0
                 for begin in range(0, width, SLICE):
                     columns = [
                         result[:, i : i + SLICE].astype(dtype) for i in range(begin, tiling.columns, width)
                     ]
                     for ref, value in zip(out_refs, columns if parts == 1 else _gated(*columns), strict=True):
-                        buffer = out_buffers.at[warpgroup, number % 2]
+                        buffer = out_buffers.at[warpgroup, number % tiling.buffers]
+                        if number >= tiling.buffers:
+                            plgpu.wait_smem_to_gmem(tiling.buffers - 1, wait_read_only=True)
                         number += 1
-                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                         buffer[...] = value
                         plgpu.commit_smem()
                         plgpu.copy_smem_to_gmem(buffer, ref.at[own, pl.ds(column + begin, SLICE)])
@@ -325,7 +330,7 @@ def _call(
             scoped,
             buffers(stages, tiling.rows, SLICE),
             buffers(stages, *right_slice),
-            buffers(MULTIPLYING, 2, own_rows, SLICE),
+            buffers(MULTIPLYING, tiling.buffers, own_rows, SLICE),
             plgpu.Barrier(num_arrivals=1 + parts, num_barriers=stages),
             plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=MULTIPLYING, num_barriers=stages),
             collective_axes="warpgroup",
