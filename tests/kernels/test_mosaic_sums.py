@@ -212,7 +212,6 @@ def outputs_and_gradients(layers, x, weights, adapters):
         ((24, 24), [[64, 48]] * 2 + [[64, 128, 48]]),
         # More are filled up to slices, of which a layer reads its own.
         ((40, 32), [[64, 128]] * 2 + [[64, 128, 128]]),
-        ((48, None), [[64, 48], [64, 128, 48]]),
     ),
 )
 def test_layers_equal_the_reference(sums_of_mosaic, ranks, expected):
@@ -269,13 +268,9 @@ def test_a_layer_after_a_gate_equals_the_reference(sums_of_mosaic):
         assert np.linalg.norm(value - other) <= 1e-5 * np.linalg.norm(other)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "expected"),
-    (((8, 16), [("gated", 64, 24), [128, 8], [64, 8], [128, 128, 24]]), ((40, 40), ("gated", 64, 128))),
-)
-def test_an_mlp_equals_the_reference(sums_of_mosaic, ranks, expected):
+def test_an_mlp_equals_the_reference(sums_of_mosaic):
     x, up_weights, down = normal(256, 64), [normal(128, 64, seed=i) for i in (1, 2)], normal(64, 128)
-    adapters = [adapter(rank, 64, 128, i) for i, rank in enumerate(ranks)]
+    adapters = [adapter(rank, 64, 128, i) for i, rank in enumerate((40, 32))]
     own = adapter(8, 128, 64, 2)
 
     def mlp(x, pairs):
@@ -295,7 +290,7 @@ def test_an_mlp_equals_the_reference(sums_of_mosaic, ranks, expected):
         return jax.tree.leaves(ready(jax.jit(gradient)(x, pairs)))
 
     found = gradients(mlp)
-    assert expected in (sums_of_mosaic, sums_of_mosaic[0])
+    assert sums_of_mosaic == [("gated", 64, 128), [128, 8], [64, 8], [128, 128, 128]]
     for value, other in zip(found, gradients(plain), strict=True):
         assert np.linalg.norm(value - other) <= 1e-5 * np.linalg.norm(other)
 

@@ -63,6 +63,8 @@ dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "Tesla T4"
 """
 
+pytestmark = pytest.mark.slow
+
 HALF = jnp.float16  # Turing has no bfloat16
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 4096, 8, 2, 64
 ROWS, FEATURES, OUT, VOCABULARY, RANK = 4096, 1024, 8192, 64000, 16

@@ -37,6 +37,7 @@ AUTO = {"resume_from_checkpoint": "auto"}
 # --- what a run writes ---
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_is_documented(quick_config, exact_metrics):
     config = quick_config(
         data={"eval_fraction": 0.25},

@@ -188,7 +188,14 @@ def test_recomputed_and_offloaded_equal_saved(mode, micro_batches, dropout_seed,
         assert difference(other, saved) <= 1e-6
 
 
-@pytest.mark.parametrize("mode, checkpointing", [("lora", "offload"), ("lora", "none"), ("full", "full")])
+@pytest.mark.parametrize(
+    "mode, checkpointing",
+    [
+        ("lora", "offload"),
+        pytest.param("lora", "none", marks=pytest.mark.slow),
+        pytest.param("full", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_an_mlp_in_chunks_has_the_gradient_of_all_tokens(mode, checkpointing, gradient):
     batch = cut(make_batch(), 1)
     loss, whole = gradient(batch, mode, checkpointing=checkpointing)
@@ -430,6 +437,7 @@ def test_an_overflow_skips_the_update_and_halves_the_scale(half_run):
     assert 1 < after.loss_scale.scale < 2**29
 
 
+@pytest.mark.slow
 def test_the_scale_doubles_after_200_good_steps(half_run):
     step, state, batch = half_run("float16")
     state = state._replace(loss_scale=LossScale(jnp.float32(64), jnp.int32(198)))
