@@ -25,7 +25,6 @@ from lorajax_kernels.lora import (
 )
 from lorajax_kernels.lora.mosaic import (
     Tiling,
-    gated_tiling_for,
     mosaic_gated_sums,
     mosaic_sum_of_products,
     tiling_for,
@@ -38,7 +37,7 @@ COMPILATION = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from lorajax.memory.targets import find_target
-from lorajax_kernels.lora.mosaic import mosaic_sum_of_products, tiling_for
+from lorajax_kernels.lora.mosaic import mosaic_gated_sums, mosaic_sum_of_products, tiling_for
 
 topology = topologies.get_topology_desc(
     platform="cuda", topology_name="", target_config=find_target("h100").config, topology="1x1x1"
@@ -47,24 +46,29 @@ mesh = topologies.make_mesh(topology, (1,), ("x",))
 there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def compiled(rows, out, ks, transposed, dtype):
+def compiled(rows, out, ks, kind, dtype):
     def array(*shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=there)
 
-    def run(lefts, rights):
-        tiling = tiling_for(rows, out, ks, 132)
-        return mosaic_sum_of_products(lefts, rights, transposed=transposed, tiling=tiling, processors=132)
+    def run(lefts, *rights):
+        if kind == "gated":
+            tiling = tiling_for(rows, out, ks, 132, parts=2)
+            return mosaic_gated_sums(lefts, *rights, tiling=tiling, processors=132)
+        tiling, transposed = tiling_for(rows, out, ks, 132), kind == "transposed"
+        return mosaic_sum_of_products(lefts, *rights, transposed=transposed, tiling=tiling, processors=132)
 
-    rights = [array(out, k) if transposed else array(k, out) for k in ks]
-    program = jax.jit(run).lower([array(rows, k) for k in ks], rights).compile()
+    rights = [[array(k, out) if kind == "plain" else array(out, k) for k in ks]] * (1 + (kind == "gated"))
+    program = jax.jit(run).lower([array(rows, k) for k in ks], *rights).compile()
     return program.memory_analysis().temp_size_in_bytes, program.as_text().count("mosaic_gpu")
 
 
 for case in (
-    (16384, 8192, (2048, 64), True, jnp.bfloat16),
-    (16384, 2048, (8192, 8192, 64), False, jnp.bfloat16),
-    (4104, 576, (1536, 24), True, jnp.float16),
-    (2048, 2048, (512, 32), False, jnp.bfloat16),
+    (16384, 8192, (2048, 64), "transposed", jnp.bfloat16),
+    (16384, 2048, (8192, 8192, 64), "plain", jnp.bfloat16),
+    (4104, 576, (1536, 24), "transposed", jnp.float16),
+    (2048, 2048, (512, 32), "plain", jnp.bfloat16),
+    (16384, 8192, (2048, 64), "gated", jnp.bfloat16),
+    (2048, 1536, (576, 16), "gated", jnp.float16),
 ):
     temporaries, kernels = compiled(*case)
     print(temporaries == 0 and kernels >= 1)
@@ -176,11 +180,10 @@ def sums_of_mosaic(interpreter, monkeypatch):
 
     monkeypatch.setattr(gradient, "mosaic_sum_of_products", interpreted)
     monkeypatch.setattr(gradient, "mosaic_gated_sums", gated)
-    monkeypatch.setattr(
-        gradient, "gated_tiling_for", lambda rows, out, ks: gated_tiling_for(rows, out, ks, 4) and SMALL
-    )
     monkeypatch.setattr(mosaic, "LEAST_USE", 0)
-    monkeypatch.setattr(gradient, "tiling_for", lambda rows, out, ks: tiling_for(rows, out, ks, 4) and SMALL)
+    monkeypatch.setattr(
+        gradient, "tiling_for", lambda *sizes, **parts: tiling_for(*sizes, 4, **parts) and SMALL
+    )
     implementation = Implementation("mosaic", lambda *_: None, gradient.XLA._replace(sums=True))
     monkeypatch.setattr("lorajax_kernels.lora._IMPLEMENTATIONS", (implementation,))
     return given
@@ -334,6 +337,12 @@ def test_tilings_are_for_sizes_that_are_served(rows, out, ks, columns):
     assert (found and found.columns) == columns
 
 
+def test_a_tile_of_two_sums_has_whole_slices_of_both():
+    assert tiling_for(2048, 3072, (576, 16), 132).columns == 192
+    assert tiling_for(2048, 1536, (576, 16), 132, parts=2).columns == 128
+    assert tiling_for(2048, 1536 + 32, (576, 16), 132, parts=2) is None
+
+
 def test_who_chooses_it(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     assert choose_lora(jnp.bfloat16, 32, device=H100).name == "mosaic"
@@ -363,4 +372,4 @@ def test_compiles_for_hopper_without_a_gpu():
     done = subprocess.run(
         [sys.executable, "-c", COMPILATION], env=environment, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout.split() == ["True"] * 4, done.stderr[-2000:]
+    assert done.stdout.split() == ["True"] * 6, done.stderr[-2000:]

@@ -32,7 +32,6 @@ from lorajax_kernels.elementwise import inverse_rms, rms_norm, swiglu
 from lorajax_kernels.lora.mosaic import (
     SLICE,
     Tiling,
-    gated_tiling_for,
     mosaic_gated_sums,
     mosaic_sum_of_products,
     tiling_for,
@@ -299,7 +298,8 @@ def _gated_tiling(options: Options, x: Rows, weights: Weights, adapters: Adapter
     if len(present) != 2 or len(weights) != 2 or weights[0].shape != weights[1].shape:
         return None
     ranks, multiple = sum(adapter.rank for adapter in present), _multiple(options, present)
-    return gated_tiling_for(x.shape[0], weights[0].shape[0], [x.shape[1], -(-ranks // multiple) * multiple])
+    ks = [x.shape[1], -(-ranks // multiple) * multiple]
+    return tiling_for(x.shape[0], weights[0].shape[0], ks, parts=2)
 
 
 def _tiling(options: Options, rows: int, out: int, ks: Sequence[int]) -> Tiling | None:

@@ -79,13 +79,16 @@ def why_not(problem: Problem, device: Device) -> str | None:
     return None
 
 
-def tiling_for(rows: int, out: int, ks: Sequence[int], processors: int | None = None) -> Tiling | None:
+def tiling_for(
+    rows: int, out: int, ks: Sequence[int], processors: int | None = None, *, parts: int = 1
+) -> Tiling | None:
     """The tiling for a sum of these sizes; None where the kernel cannot serve, or is no gain.
 
     Args:
         rows, out: of the sum.
         ks: of the products.
         processors: multiprocessors of the GPU; None: of the current device.
+        parts: sums that share a tile; for mosaic_gated_sums 2.
     """
     fits = rows % ROWS == 0 and out % SLICE == 0
     if not fits or not all(k % SLICE == 0 if k > SLICE else k % ROWS == 0 for k in ks):
@@ -93,12 +96,12 @@ def tiling_for(rows: int, out: int, ks: Sequence[int], processors: int | None = 
 
     def cost(choice: tuple[Tiling, float]) -> float:
         tiling, factor = choice
-        return _rounds(rows, out, tiling, processors)[0] * tiling.columns * factor
+        return _rounds(rows, parts * out, tiling, processors)[0] * tiling.columns * factor
 
-    best = min(TILINGS, key=cost)[0]
+    best = min((each for each in TILINGS if each[0].columns % (parts * SLICE) == 0), key=cost)[0]
     area = BLOCKS * best.rows * best.columns
-    done = _rounds(rows, out, best, processors)[0] * _clusters(processors) * area
-    return best if rows * out >= LEAST_USE * done else None
+    done = _rounds(rows, parts * out, best, processors)[0] * _clusters(processors) * area
+    return best if rows * parts * out >= LEAST_USE * done else None
 
 
 def _clusters(processors: int | None) -> int:
@@ -139,12 +142,6 @@ def mosaic_sum_of_products(
     """
     starts = (0,) * len(lefts) if starts is None else tuple(starts)
     return _run(lefts, [rights], transposed, starts, tiling, processors, interpret)[0]
-
-
-def gated_tiling_for(rows: int, out: int, ks: Sequence[int], processors: int | None = None) -> Tiling | None:
-    """As tiling_for, for mosaic_gated_sums."""
-    found = tiling_for(rows, 2 * out, ks, processors)
-    return found if found is not None and found.columns % (2 * SLICE) == 0 and out % SLICE == 0 else None
 
 
 def mosaic_gated_sums(
