@@ -242,14 +242,14 @@ class MLP(nnx.Module):
     ) -> Float[Array, "B T D"]:
         gates, down = (self.gate_proj, self.up_proj), self.down_proj
         adapter, product = down.adapter(keys(6)), None
-        at_once = keeps_gates and self.activation == "silu" and adapter is not None
-        if at_once and all(linear.lora_a is not None for linear in gates):
+        is_swiglu = self.activation == "silu" and adapter is not None
+        if keeps_gates and is_swiglu and all(linear.lora_a is not None for linear in gates):
             arguments = _together(gates, (keys(4), keys(5)), norm)
             gate, up, product = gated_lora_linears(x, **arguments)
         else:
             gate, up = project(x, gates, (keys(4), keys(5)), norm)  # [B, T, F]
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        if self.activation == "silu" and adapter is not None:
+        if is_swiglu:
             return swiglu_lora_linear(
                 gate, up, down.weight[...], adapter, product=product, bias=down.bias_array
             )

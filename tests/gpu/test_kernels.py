@@ -61,6 +61,14 @@ def serving(implementation: str, q: jax.Array, k: jax.Array, segment_ids: jax.Ar
         pytest.skip(str(error))
 
 
+def serving_lora(implementation: str) -> None:
+    """The same for layers with adapters of rank 32."""
+    try:
+        choose_lora(jnp.bfloat16, 32, implementation=implementation)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def forward_and_gradients(implementation, options, q, k, v, dout, segment_ids):
     options = {"max_segments": MAX_SEGMENTS} | dict(options)
@@ -331,10 +339,7 @@ def test_layers_with_adapters(arrangement, quantised, normed, figure):
 )
 def test_sums_of_products_in_one_kernel(rows, out, ks, start, transposed, figure):
     """Mosaic's, with each tiling. The last left operand is wider than what is read of it."""
-    try:
-        choose_lora(jnp.bfloat16, 32, implementation="mosaic")
-    except ValueError as error:
-        pytest.skip(str(error))
+    serving_lora("mosaic")
     width = start + (64 if start else ks[-1])
     lefts = random_arrays([(rows, k) for k in ks[:-1]] + [(rows, width)], jnp.bfloat16)
     rights = random_arrays([(out, k) if transposed else (k, out) for k in ks], jnp.bfloat16)
@@ -361,10 +366,7 @@ def test_sums_of_products_in_one_kernel(rows, out, ks, start, transposed, figure
 
 @pytest.mark.parametrize("rows, out, ks", ((16384, 8192, (2048, 64)), (4104, 576, (1536, 24))))
 def test_gate_up_and_their_product_in_one_kernel(rows, out, ks, figure):
-    try:
-        choose_lora(jnp.bfloat16, 32, implementation="mosaic")
-    except ValueError as error:
-        pytest.skip(str(error))
+    serving_lora("mosaic")
     lefts = random_arrays([(rows, k) for k in ks], jnp.bfloat16)
     rights = [random_arrays([(out, k) for k in ks], jnp.bfloat16) for _ in range(2)]
     rights = jax.tree.map(lambda right: right / ks[0] ** 0.5, rights)
@@ -388,10 +390,7 @@ def test_gate_up_and_their_product_in_one_kernel(rows, out, ks, figure):
 @pytest.mark.parametrize("implementation", lora_implementations())
 def test_the_layer_after_a_gate(implementation, figure):
     """Down of Llama-3.2-1B. Triton's backward kernel writes over its operands, and gate and up live on."""
-    try:
-        choose_lora(jnp.bfloat16, 32, implementation=implementation)
-    except ValueError as error:
-        pytest.skip(str(error))
+    serving_lora(implementation)
     rows, features, out, rank = 16384, 8192, 2048, 32
     gate, up, weight, dy = random_arrays(
         [(rows, features), (rows, features), (out, features), (rows, out)], jnp.bfloat16

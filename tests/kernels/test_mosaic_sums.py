@@ -189,6 +189,12 @@ def sums_of_mosaic(interpreter, monkeypatch):
     return given
 
 
+def assert_close(found, expected):
+    """Norm of the difference relative to the norm, array by array."""
+    for value, other in zip(found, expected, strict=True):
+        assert np.linalg.norm(value - other) <= 1e-5 * np.linalg.norm(other)
+
+
 def adapter(rank, width, out, seed, **options):
     return Adapter(normal(rank, width, seed=seed), normal(out, rank, seed=seed), 0.5 + seed, **options)
 
@@ -224,10 +230,7 @@ def test_layers_equal_the_reference(sums_of_mosaic, ranks, expected):
     adapters = [rank and adapter(rank, width, outs[i], i) for i, rank in enumerate(ranks)]
     found = outputs_and_gradients(lora_linears, x, weights, adapters)
     assert sums_of_mosaic == expected
-    for value, other in zip(
-        found, outputs_and_gradients(reference_lora_linears, x, weights, adapters), strict=True
-    ):
-        assert np.linalg.norm(value - other) <= 1e-5 * np.linalg.norm(other)
+    assert_close(found, outputs_and_gradients(reference_lora_linears, x, weights, adapters))
 
 
 def test_layers_that_do_not_fit_are_left_to_xla(sums_of_mosaic):
@@ -237,8 +240,7 @@ def test_layers_that_do_not_fit_are_left_to_xla(sums_of_mosaic):
     found = outputs_and_gradients(lora_linears, x, weights, adapters)
     assert sums_of_mosaic == [[64, 16], [64, 40, 16]]
     expected = outputs_and_gradients(reference_lora_linears, x, weights, adapters)
-    for value, other in zip(found, expected, strict=True):
-        assert np.linalg.norm(value - other) <= 1e-5 * np.linalg.norm(other)
+    assert_close(found, expected)
 
 
 def test_with_dropout_each_adapter_has_its_own_way_back(sums_of_mosaic):
@@ -247,8 +249,7 @@ def test_with_dropout_each_adapter_has_its_own_way_back(sums_of_mosaic):
     xla = functools.partial(lora_linears, arrangement="added")  # not Mosaic's
     found = outputs_and_gradients(lora_linears, x, weights, adapters)
     assert sums_of_mosaic == [[64, 16], [64, 16], [64, 128]]
-    for value, other in zip(found, outputs_and_gradients(xla, x, weights, adapters), strict=True):
-        assert np.linalg.norm(value - other) <= 1e-5 * np.linalg.norm(other)
+    assert_close(found, outputs_and_gradients(xla, x, weights, adapters))
     assert len(sums_of_mosaic) == 3
 
 
@@ -267,8 +268,7 @@ def test_a_layer_after_a_gate_equals_the_reference(sums_of_mosaic):
     found = gradients(lambda gate, up: swiglu_lora_linear(gate, up, weight, own))
     assert sums_of_mosaic == [[64, 8], [128, 8]]
     expected = gradients(lambda g, u: reference_lora_linears(jax.nn.silu(g) * u, [weight], [own])[0])
-    for value, other in zip(found, expected, strict=True):
-        assert np.linalg.norm(value - other) <= 1e-5 * np.linalg.norm(other)
+    assert_close(found, expected)
 
 
 def test_an_mlp_equals_the_reference(sums_of_mosaic):
@@ -294,8 +294,7 @@ def test_an_mlp_equals_the_reference(sums_of_mosaic):
 
     found = gradients(mlp)
     assert sums_of_mosaic == [("gated", 64, 128), [128, 8], [64, 8], [128, 128, 128]]
-    for value, other in zip(found, gradients(plain), strict=True):
-        assert np.linalg.norm(value - other) <= 1e-5 * np.linalg.norm(other)
+    assert_close(found, gradients(plain))
 
 
 @pytest.mark.parametrize("what", ("biases", "one without", "sizes", "arrangement", "columns"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -141,8 +140,7 @@ def lora_linears(
         ValueError: shapes, dtypes or options do not fit together, or the implementation is unknown or cannot
             serve.
     """
-    options = _Options(norm, trainable_bias, arrangement, implementation)
-    return _of_all(x, weights, adapters, biases, options)[0]
+    return _of_all(x, weights, adapters, biases, norm, trainable_bias, arrangement, implementation)[0]
 
 
 def gated_lora_linears(
@@ -173,19 +171,10 @@ def gated_lora_linears(
     """
     if len(weights) != 2:
         raise ValueError(f"gated_lora_linears: weights must be those of gate and up, got {len(weights)}")
-    options = _Options(norm, trainable_bias, arrangement, implementation, gated=True)
-    (gate, up), product = _of_all(x, weights, adapters, biases, options)
+    (gate, up), product = _of_all(
+        x, weights, adapters, biases, norm, trainable_bias, arrangement, implementation, gated=True
+    )
     return gate, up, product
-
-
-class _Options(NamedTuple):
-    """What lora_linears and gated_lora_linears are told."""
-
-    norm: tuple[Array, float] | None
-    trainable_bias: bool
-    arrangement: str
-    implementation: str
-    gated: bool = False
 
 
 def _of_all(
@@ -193,22 +182,22 @@ def _of_all(
     weights: Sequence[Array | NF4Weight],
     adapters: Sequence[Adapter | None],
     biases: Sequence[Array | None] | None,
-    options: _Options,
+    norm: tuple[Array, float] | None,
+    trainable_bias: bool,
+    arrangement: str,
+    implementation: str,
+    gated: bool = False,
 ) -> tuple[tuple[Array, ...], Array | None]:
     weights, adapters = tuple(weights), tuple(adapters)
     biases = (None,) * len(weights) if biases is None else tuple(biases)
-    _check(x, weights, adapters, biases, options.arrangement)
-    norm, epsilon = (None, 0.0) if options.norm is None else options.norm
-    if norm is not None and norm.shape != (x.shape[-1],):
-        raise ValueError(f"lora_linears: norm must be of [in={x.shape[-1]}], got shape {norm.shape}")
-    static = gradient.Options(
-        options.arrangement,
-        options.trainable_bias,
-        _kernels(x, adapters, options.implementation),
-        epsilon,
-        options.gated,
-    )
-    ys, product = gradient.apply(static, x.reshape(-1, x.shape[-1]), norm, weights, adapters, biases)
+    _check(x, weights, adapters, biases, arrangement)
+    norm_weight, epsilon = (None, 0.0) if norm is None else norm
+    if norm_weight is not None and norm_weight.shape != (x.shape[-1],):
+        raise ValueError(f"lora_linears: norm must be of [in={x.shape[-1]}], got shape {norm_weight.shape}")
+    kernels = _kernels(x, adapters, implementation)
+    gated = gated and all(bias is None for bias in biases)
+    options = gradient.Options(arrangement, trainable_bias, kernels, epsilon, gated)
+    ys, product = gradient.apply(options, x.reshape(-1, x.shape[-1]), norm_weight, weights, adapters, biases)
     shaped = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
     return tuple(shaped), None if product is None else product.reshape(shaped[0].shape)
 

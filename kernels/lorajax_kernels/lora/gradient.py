@@ -91,7 +91,8 @@ class Options:
         trainable_bias: whether biases have gradients.
         kernels: what makes the small products.
         epsilon: of the norm, where there is one.
-        gated: whether swiglu of the two outputs is wanted too, if that costs no pass of its own.
+        gated: whether swiglu of the two outputs is wanted too, if that costs no pass of its own; then there
+            are no biases.
     """
 
     arrangement: str
@@ -122,8 +123,6 @@ def _forward(
     if norm is not None:
         inverse = checkpoint_name(inverse_rms(x, epsilon=options.epsilon)[:, 0], "lora_hidden")
         x = rms_norm(x, norm, epsilon=options.epsilon)
-    if any(bias is not None for bias in biases):
-        options = dataclasses.replace(options, gated=False)  # of the outputs with their biases
     gated = None
     if (tiling := _gated_tiling(options, x, weights, adapters)) is not None:
         u, ys, gated = _hidden_and_gated(options, x, weights, adapters, tiling)
@@ -214,8 +213,8 @@ def _hidden_and_outputs(
     options: Options, x: Rows, weights: Weights, adapters: Adapters
 ) -> tuple[Hidden, list[Array]]:
     present, columns = _present(adapters), _columns(adapters)
-    multiple = _multiple(options, present)
-    windows = [_window(own, columns[-1].stop, multiple) for own in columns]
+    width = _width(options, present)
+    windows = [_window(own, width) for own in columns]
     tilings = [
         None
         if adapter is None
@@ -233,9 +232,9 @@ def _hidden_and_outputs(
     at_once = options.kernels.hidden_and_joined if join else None
     joined = None
     if at_once is not None and not any(adapter.drops for adapter in present):
-        u, joined = at_once(x, _filled_up(_stacked_a(x, present), multiple, axis=0))
+        u, joined = at_once(x, _filled_up(_stacked_a(x, present), width, axis=0))
     else:
-        u = _hidden(x, present, multiple)
+        u = _hidden(x, present, width)
     u = checkpoint_name(u, "lora_hidden")
     if join and joined is None:
         joined = jnp.concatenate([x, u], axis=1)
@@ -253,7 +252,7 @@ def _hidden_and_outputs(
             starts = (0, window.start)
             ys.append(mosaic_sum_of_products([x, u], [w, s], transposed=True, tiling=tiling, starts=starts))
         elif joined is not None:
-            s = _in_columns(adapter, own, slice(0, u.shape[1]), x.dtype)
+            s = _in_columns(adapter, own, slice(0, width), x.dtype)
             ys.append(product("rk,ok->ro", joined, jnp.concatenate([w, s], axis=1)))
         else:
             b = scaled(adapter.b, adapter.scale, x.dtype)
@@ -267,21 +266,22 @@ def _hidden_and_gated(
 ) -> tuple[Hidden, list[Array], Array]:
     """Of two layers with adapters: their hidden activations, their outputs, and swiglu of these."""
     present = _present(adapters)
-    u = checkpoint_name(_hidden(x, present, _multiple(options, present)), "lora_hidden")
+    width = _width(options, present)
+    u = checkpoint_name(_hidden(x, present, width), "lora_hidden")
     rights = [
-        [dense(weight, x.dtype), _in_columns(adapter, own, slice(0, u.shape[1]), x.dtype)]
+        [dense(weight, x.dtype), _in_columns(adapter, own, slice(0, width), x.dtype)]
         for weight, adapter, own in zip(weights, present, _columns(present), strict=True)
     ]
     *ys, gated = mosaic_gated_sums([x, u], *rights, tiling=tiling)
     return u, ys, gated
 
 
-def _hidden(x: Rows, present: Sequence[Adapter], multiple: int) -> Hidden:
-    """x A^T of all adapters side by side, filled up to a multiple of this many columns."""
+def _hidden(x: Rows, present: Sequence[Adapter], width: int) -> Hidden:
+    """x A^T of all adapters side by side, filled up to this many columns."""
     if any(adapter.drops for adapter in present):
         parts = [product("ri,ki->rk", drop(x, adapter), _stacked_a(x, [adapter])) for adapter in present]
-        return _filled_up(jnp.concatenate(parts, axis=1), multiple, axis=1)
-    return product("ri,ki->rk", x, _filled_up(_stacked_a(x, present), multiple, axis=0))
+        return _filled_up(jnp.concatenate(parts, axis=1), width, axis=1)
+    return product("ri,ki->rk", x, _filled_up(_stacked_a(x, present), width, axis=0))
 
 
 def _in_columns(adapter: Adapter, own: slice, window: slice, dtype: jnp.dtype) -> Float[Array, "out window"]:
@@ -293,31 +293,27 @@ def _in_columns(adapter: Adapter, own: slice, window: slice, dtype: jnp.dtype) -
 def _gated_tiling(options: Options, x: Rows, weights: Weights, adapters: Adapters) -> Tiling | None:
     """For two layers and swiglu of both in one kernel; None where that is not wanted or does not fit."""
     present = _present(adapters)
-    if not options.gated or not options.kernels.sums or options.arrangement != "auto":
+    if not options.gated or len(present) != 2 or weights[0].shape != weights[1].shape:
         return None
-    if len(present) != 2 or len(weights) != 2 or weights[0].shape != weights[1].shape:
-        return None
-    ranks, multiple = sum(adapter.rank for adapter in present), _multiple(options, present)
-    ks = [x.shape[1], -(-ranks // multiple) * multiple]
-    return tiling_for(x.shape[0], weights[0].shape[0], ks, parts=2)
+    return _tiling(options, x.shape[0], weights[0].shape[0], [x.shape[1], _width(options, present)], parts=2)
 
 
-def _tiling(options: Options, rows: int, out: int, ks: Sequence[int]) -> Tiling | None:
-    """For a sum of products that is to be Mosaic's; None where it is XLA's."""
+def _tiling(options: Options, rows: int, out: int, ks: Sequence[int], *, parts: int = 1) -> Tiling | None:
+    """For sums of products that are to be Mosaic's; None where they are XLA's."""
     if not options.kernels.sums or options.arrangement != "auto":
         return None
-    return tiling_for(rows, out, ks)
+    return tiling_for(rows, out, ks, parts=parts)
 
 
-def _multiple(options: Options, present: Sequence[Adapter]) -> int:
-    """What the columns of u are filled up to a multiple of."""
-    wide = sum(adapter.rank for adapter in present) > SLICE
-    return SLICE if options.kernels.sums and wide else COLUMNS
+def _width(options: Options, present: Sequence[Adapter]) -> int:
+    """Columns of u: the ranks of all adapters, and what fills them up."""
+    ranks = sum(adapter.rank for adapter in present)
+    multiple = SLICE if options.kernels.sums and ranks > SLICE else COLUMNS
+    return -(-ranks // multiple) * multiple
 
 
-def _window(own: slice, end: int, multiple: int) -> slice:
+def _window(own: slice, width: int) -> slice:
     """The columns of u that Mosaic reads for those of a layer: whole slices, where u has so many."""
-    width = -(-end // multiple) * multiple
     return slice(own.start // SLICE * SLICE, min(-(-own.stop // SLICE) * SLICE, width))
 
 
@@ -386,9 +382,9 @@ def _gradient_of_x(
     drops = any(adapter.drops for adapter in present)
     lefts, rights = list(dys), [dense(weight, x.dtype) for weight in weights]
     if present and not drops:
-        multiple = _multiple(options, present)
-        lefts.append(_filled_up(jnp.concatenate(dus, axis=1), multiple, axis=1))
-        rights.append(_filled_up(_stacked_a(x, present), multiple, axis=0))
+        width = _width(options, present)
+        lefts.append(_filled_up(jnp.concatenate(dus, axis=1), width, axis=1))
+        rights.append(_filled_up(_stacked_a(x, present), width, axis=0))
     ks = [left.shape[1] for left in lefts]
     tiling = _tiling(options, x.shape[0], x.shape[1], ks) if len(lefts) > 1 else None
     if tiling is not None:
@@ -451,8 +447,8 @@ def _stacked_a(x: Rows, present: Sequence[Adapter]) -> Float[Array, "R in"]:
     return jnp.concatenate([none, *(adapter.a.astype(x.dtype) for adapter in present)])
 
 
-def _filled_up(x: Array, multiple: int, *, axis: int) -> Array:
-    """x with zeros at the end of an axis, up to a multiple of this size."""
+def _filled_up(x: Array, size: int, *, axis: int) -> Array:
+    """x with zeros at the end of an axis, up to this size."""
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % multiple)
+    widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths)

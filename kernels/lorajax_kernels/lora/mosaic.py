@@ -177,12 +177,19 @@ def _run(
     interpret: Any,
 ) -> list[Array]:
     """The sums of each of `rights`; of two, also of what is made of both."""
-    rows, out = lefts[0].shape[0], rights[0][0].shape[0 if transposed else 1]
-    results = [jax.ShapeDtypeStruct((rows, out), lefts[0].dtype)] * (1 if len(rights) == 1 else 3)
+    results = _results(lefts, rights, transposed)
     if is_assumed():
         return stand_in(*lefts, *itertools.chain(*rights), out_shape=results)
+    rows, out = results[0].shape
     _, clusters = _rounds(rows, len(rights) * out, tiling, processors)
     return _call(tuple(lefts), tuple(map(tuple, rights)), transposed, starts, tiling, clusters, interpret)
+
+
+def _results(
+    lefts: Sequence[Array], rights: Sequence[Sequence[Array]], transposed: bool
+) -> list[jax.ShapeDtypeStruct]:
+    shape = lefts[0].shape[0], rights[0][0].shape[0 if transposed else 1]
+    return [jax.ShapeDtypeStruct(shape, lefts[0].dtype)] * (1 if len(rights) == 1 else 3)
 
 
 # Traced once for all layers.
@@ -200,7 +207,8 @@ def _call(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     count, parts, dtype, stages = len(lefts), len(rights), lefts[0].dtype, tiling.stages
-    rows, out = lefts[0].shape[0], rights[0][0].shape[0 if transposed else 1]
+    results = _results(lefts, rights, transposed)
+    rows, out = results[0].shape
     slices = [-(-right.shape[1 if transposed else 0] // SLICE) for right in rights[0]]
     width = tiling.columns // parts  # of a tile's columns, each part's
     tiles = -(-rows // (BLOCKS * tiling.rows)), -(-out // width)
@@ -335,7 +343,7 @@ def _call(
 
     call = plgpu.kernel(
         sums_of_products,
-        out_type=[jax.ShapeDtypeStruct((rows, out), dtype)] * (1 if parts == 1 else 3),
+        out_type=results,
         grid=(clusters,),
         grid_names=("cluster",),
         cluster=(BLOCKS,),
