@@ -12,7 +12,7 @@ the formula as it stands, with the gradients that JAX makes of it. ", cuBLAS" ma
 with CUBLAS: products that XLA would fuse with nothing are cuBLAS' then, and it adds to sums of products as it
 goes. Otherwise XLA tunes each product for itself, and a sum is a pass of its own.
 
-"mlp" is gated_lora_linears and, after it, swiglu_lora_linear; "frozen" the same without adapters.
+"mlp" is gate and up and, after them, swiglu_lora_linear; "frozen" the same without adapters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from lorajax_kernels.lora import (
     ARRANGEMENTS,
     Adapter,
     choose_lora,
-    gated_lora_linears,
     lora_implementations,
     lora_linears,
     swiglu_lora_linear,
@@ -131,15 +130,12 @@ def as_written(x: Any, weight: Any, adapter: Adapter) -> Any:
 
 
 def mlp(layers: Callable[..., Any], after_gate: Callable[..., Any]) -> Callable[..., Any]:
-    """Both passes of layers(x, weights, adapters) -> (gate, up, their product or None) and what comes after.
-
-    That is after_gate(gate, up, weight, adapter, product=product).
-    """
+    """Both passes of layers(x, weights, adapters) -> (gate, up) and after_gate(gate, up, weight, adapter)."""
 
     def forward_and_backward(x: Any, weights: Any, adapters: Any, dys: Any) -> Any:
         def forward(x: Any, adapters: Any) -> Any:
-            gate, up, product = layers(x, weights[:2], adapters[:2])
-            return after_gate(gate, up, weights[2], adapters[2], product=product)
+            gate, up = layers(x, weights[:2], adapters[:2])
+            return after_gate(gate, up, weights[2], adapters[2])
 
         y, vjp = jax.vjp(forward, x, adapters)
         return y, *vjp(dys[0])
@@ -148,12 +144,12 @@ def mlp(layers: Callable[..., Any], after_gate: Callable[..., Any]) -> Callable[
 
 
 MLP_FROZEN = mlp(
-    lambda x, weights, adapters: (*(product("ri,oi->ro", x, weight) for weight in weights), None),
-    lambda gate, up, weight, adapter, **_: product("ri,oi->ro", swiglu(gate, up), weight),
+    lambda x, weights, adapters: [product("ri,oi->ro", x, weight) for weight in weights],
+    lambda gate, up, weight, adapter: product("ri,oi->ro", swiglu(gate, up), weight),
 )
 MLP_AS_WRITTEN = mlp(
-    lambda x, weights, adapters: (*map(as_written, [x] * 2, weights, adapters), None),
-    lambda gate, up, weight, adapter, **_: as_written(swiglu(gate, up), weight, adapter),
+    lambda x, weights, adapters: [as_written(x, *pair) for pair in zip(weights, adapters, strict=True)],
+    lambda gate, up, weight, adapter: as_written(swiglu(gate, up), weight, adapter),
 )
 
 
@@ -191,7 +187,7 @@ def _measure_mlp(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
     functions = {"frozen": MLP_FROZEN, "autodiff": MLP_AS_WRITTEN}
     for name in served(ceilings.half, case.rank):
         functions[name] = mlp(
-            functools.partial(gated_lora_linears, implementation=name),
+            functools.partial(lora_linears, implementation=name),
             functools.partial(swiglu_lora_linear, implementation=name),
         )
     programs = {name: _compiled(function, arguments, {}) for name, function in functions.items()}

@@ -4,8 +4,8 @@
   `cached_attention` for decoding.
 - `linear_cross_entropy`: the loss of the head without its logits, `choose_cross_entropy` and
   `cross_entropy_implementations` beside it.
-- `lora_linear`, `lora_linears`: frozen layers with adapters that share their input; `gated_lora_linears` and
-  `swiglu_lora_linear`, those before and after a gate; `choose_lora` and `lora_implementations` beside them.
+- `lora_linear`, `lora_linears`: frozen layers with adapters that share their input, and `swiglu_lora_linear`,
+  the one after a gate; `choose_lora` and `lora_implementations` beside them.
 - `quantize_nf4`, `dequantize_nf4`, `nf4_linear`: weights of 4 bits an element.
 - `rms_norm`, `rope`, `swiglu`, `geglu`: what lies between the products.
 - `segments`: where the segments of a row start and end.
@@ -30,7 +30,6 @@ from lorajax_kernels.elementwise import geglu, rms_norm, rope, swiglu
 from lorajax_kernels.lora import (
     Adapter,
     choose_lora,
-    gated_lora_linears,
     lora_implementations,
     lora_linear,
     lora_linears,
@@ -51,7 +50,6 @@ __all__ = [
     "cross_entropy_implementations",
     "dequantize_nf4",
     "device",
-    "gated_lora_linears",
     "geglu",
     "linear_cross_entropy",
     "lora_implementations",

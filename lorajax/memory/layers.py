@@ -45,8 +45,8 @@ from jaxtyping import Array, Float
 
 from lorajax.memory.policy import Checkpointing, LayerPolicy, Policy
 
-# (block, index of the layer, x, LayerPolicy.keeps_gates) -> output.
-Layer = Callable[[Any, Any, Array, bool], Array]
+# (block, index of the layer, x) -> output.
+Layer = Callable[[Any, Any, Array], Array]
 # The arrays of a block.
 Leaves = Sequence[Array]
 
@@ -58,12 +58,11 @@ def run_layers(
     *,
     checkpointing: Checkpointing | None,
 ) -> Float[Array, "B T D"]:
-    """Apply `layer(block, index, x, keeps_gates)` for each block in order.
+    """Apply `layer(block, index, x)` for each block in order.
 
     Args:
         layer: a pure function of its arguments and of arrays that it closes over; those are constants. The
-            index is an int32 scalar where there are gradients, else an int; the last argument is what the
-            layer's policy says, and True where there is none.
+            index is an int32 scalar where there are gradients, else an int.
         blocks: one nnx module per layer.
         x: input of the first layer.
         checkpointing: what is kept, see the table above (rematerialisation: Chen et al., 2016); None: a plain
@@ -74,7 +73,7 @@ def run_layers(
     """
     if checkpointing is None:
         for index, block in enumerate(blocks):
-            x = layer(block, index, x, True)
+            x = layer(block, index, x)
         return x
     policy = Policy.of(checkpointing, len(blocks))
     split = [nnx.split(block) for block in blocks]
@@ -106,7 +105,7 @@ def _with_policy(
     def forward(leaves: Any, x: Any) -> tuple[Array, Any]:
         trained = [tuple(leaf.perturbed for leaf in own) for own in leaves]
         leaves, x = [[leaf.value for leaf in own] for own in leaves], x.value
-        traces = _trace_kinds(layer, kinds, leaves, x, trained, policy)
+        traces = _trace_kinds(layer, kinds, leaves, x, trained)
         kept: list[_Kept] = []
         for index, (trace, own) in enumerate(zip(traces, leaves, strict=True)):
             # Together: otherwise what is made of the leaves alone is made for all layers before the first.
@@ -265,15 +264,14 @@ def _trace_kinds(
     leaves: Sequence[Leaves],
     x: Array,
     trained: Sequence[tuple[bool, ...]],
-    policy: Policy,
 ) -> list[_Trace]:
     """A trace for each layer; those that differ in nothing but values share one."""
     known: dict[Any, _Trace] = {}
     traces = []
-    for kind, own, chosen, kept in zip(kinds, leaves, trained, policy.layers, strict=True):
-        key = kind, chosen, kept.keeps_gates, tuple((leaf.shape, leaf.dtype) for leaf in own)
+    for kind, own, chosen in zip(kinds, leaves, trained, strict=True):
+        key = kind, chosen, tuple((leaf.shape, leaf.dtype) for leaf in own)
         if key not in known:
-            known[key] = _Trace.of(layer, kind, own, x, chosen, kept.keeps_gates)
+            known[key] = _Trace.of(layer, kind, own, x, chosen)
         traces.append(known[key])
     return traces
 
@@ -309,15 +307,7 @@ class _Trace:
     functions: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls,
-        layer: Layer,
-        kind: _Kind,
-        own: Leaves,
-        x: Array,
-        trained: tuple[bool, ...],
-        keeps_gates: bool,
-    ) -> _Trace:
+    def of(cls, layer: Layer, kind: _Kind, own: Leaves, x: Array, trained: tuple[bool, ...]) -> _Trace:
         places = [place for place, is_trained in enumerate(trained) if is_trained]
         pullback = None
 
@@ -326,7 +316,7 @@ class _Trace:
                 leaves = list(own)
                 for place, leaf in zip(places, chosen, strict=True):
                     leaves[place] = leaf
-                return layer(kind.merge(leaves), index, x, keeps_gates)
+                return layer(kind.merge(leaves), index, x)
 
             nonlocal pullback
             y, function = jax.vjp(run, [own[place] for place in places], x)

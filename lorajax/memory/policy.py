@@ -90,14 +90,6 @@ class LayerPolicy:
         return not (self.saved | self.offloaded).isdisjoint(names)
 
     @property
-    def keeps_gates(self) -> bool:
-        """Both of an MLP's gates, and what an adapter makes of their product.
-
-        One kernel may make all three then: none is made again.
-        """
-        return {"gate", "up", "lora_hidden"} <= self.saved | self.offloaded
-
-    @property
     def actions(self) -> dict[str, str]:
         """What `of` takes, in the order of ACTIVATIONS."""
         where = {name: "save" for name in self.saved} | {name: "offload" for name in self.offloaded}

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from lorajax_kernels import (
     Adapter,
     attention,
-    gated_lora_linears,
     geglu,
     lora_linears,
     rms_norm,
@@ -140,22 +139,13 @@ def project(
     Args:
         norm: of x, before the layers.
     """
-    if all(linear.lora_a is None for linear in linears):
+    adapters = [linear.adapter(key) for linear, key in zip(linears, dropout_keys, strict=True)]
+    if all(adapter is None for adapter in adapters):
         x = x if norm is None else norm(x)
         return tuple(linear.plain(x) for linear in linears)
-    return lora_linears(x, **_together(linears, dropout_keys, norm))
-
-
-def _together(
-    linears: Sequence[Linear], dropout_keys: Sequence[PRNGKeyArray | None], norm: "RMSNorm | None"
-) -> dict[str, Any]:
-    """Arguments of lora_linears beside x."""
-    return {
-        "weights": [linear.weight[...] for linear in linears],
-        "adapters": [linear.adapter(key) for linear, key in zip(linears, dropout_keys, strict=True)],
-        "biases": [linear.bias_array for linear in linears],
-        "norm": None if norm is None else (norm.weight[...], norm.epsilon),
-    }
+    weights, biases = [linear.weight[...] for linear in linears], [linear.bias_array for linear in linears]
+    first = None if norm is None else (norm.weight[...], norm.epsilon)
+    return lora_linears(x, weights, adapters, biases=biases, norm=first)
 
 
 class RMSNorm(nnx.Module):
@@ -213,46 +203,30 @@ class MLP(nnx.Module):
         self.down_proj = Linear(inner, hidden, bias=bias, dtype=dtype)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        norm: RMSNorm,
-        keys: "DropoutKeys",
-        chunks: int = 1,
-        keeps_gates: bool = False,
+        self, x: Float[Array, "B T D"], norm: RMSNorm, keys: "DropoutKeys", chunks: int = 1
     ) -> Float[Array, "B T D"]:
         """Of what `norm` makes of x.
 
         Args:
             chunks: parts of the tokens that are taken one after the other, see lorajax.memory.chunks.
-            keeps_gates: gate and up need not be made again in the backward pass, if there is one.
         """
         if chunks == 1:
-            return self._of_all(x, norm, keys, keeps_gates)
+            return self._of_all(x, norm, keys)
         graph, state = nnx.split((self, norm))
 
         def of_some(arrays: Any, x: Array, number: int) -> Array:
             state, key = arrays
             mlp, norm = nnx.merge(graph, state)
-            return mlp._of_all(x, norm, DropoutKeys(key).of_part(number), keeps_gates=False)
+            return mlp._of_all(x, norm, DropoutKeys(key).of_part(number))
 
         return in_chunks(of_some, (state, keys.key), x, chunks=chunks)
 
-    def _of_all(
-        self, x: Float[Array, "B T D"], norm: RMSNorm, keys: "DropoutKeys", keeps_gates: bool
-    ) -> Float[Array, "B T D"]:
-        gates, down = (self.gate_proj, self.up_proj), self.down_proj
-        adapter, product = down.adapter(keys(6)), None
-        is_swiglu = self.activation == "silu" and adapter is not None
-        if keeps_gates and is_swiglu and all(linear.lora_a is not None for linear in gates):
-            arguments = _together(gates, (keys(4), keys(5)), norm)
-            gate, up, product = gated_lora_linears(x, **arguments)
-        else:
-            gate, up = project(x, gates, (keys(4), keys(5)), norm)  # [B, T, F]
+    def _of_all(self, x: Float[Array, "B T D"], norm: RMSNorm, keys: "DropoutKeys") -> Float[Array, "B T D"]:
+        gate, up = project(x, (self.gate_proj, self.up_proj), (keys(4), keys(5)), norm)  # [B, T, F]
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        if is_swiglu:
-            return swiglu_lora_linear(
-                gate, up, down.weight[...], adapter, product=product, bias=down.bias_array
-            )
+        down, adapter = self.down_proj, self.down_proj.adapter(keys(6))
+        if self.activation == "silu" and adapter is not None:
+            return swiglu_lora_linear(gate, up, down.weight[...], adapter, bias=down.bias_array)
         return down(GATES[self.activation](gate, up), keys(6))
 
 
@@ -272,12 +246,11 @@ class Block(nnx.Module):
         attend: Attend,
         dropout_key: PRNGKeyArray | None = None,
         mlp_chunks: int = 1,
-        keeps_gates: bool = False,
     ) -> Float[Array, "B T D"]:
         keys = DropoutKeys(dropout_key)
         x = x + self.attention(x, self.attention_norm, rotation, attend, keys)
         x = checkpoint_name(x, "block_middle")
-        return x + self.mlp(x, self.mlp_norm, keys, mlp_chunks, keeps_gates)
+        return x + self.mlp(x, self.mlp_norm, keys, mlp_chunks)
 
 
 @dataclass(frozen=True)
@@ -417,9 +390,9 @@ class Decoder(nnx.Module):
             attend: called once by each layer, in their order.
         """
 
-        def layer(block: Block, index: int, x: Array, keeps_gates: bool) -> Array:
+        def layer(block: Block, index: int, x: Array) -> Array:
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return block(x, rotation, attend, key, mlp_chunks, keeps_gates)
+            return block(x, rotation, attend, key, mlp_chunks)
 
         x = self.embed(tokens, self.dtype)
         return self.norm(run_layers(layer, self.layers, x, checkpointing=checkpointing))

@@ -27,7 +27,7 @@ from lorajax_kernels import (
 )
 from lorajax_kernels.attention.xla import default_chunk
 from lorajax_kernels.lora import ARRANGEMENTS, reference_lora_linears
-from lorajax_kernels.lora.mosaic import TILINGS, mosaic_gated_sums, mosaic_sum_of_products
+from lorajax_kernels.lora.mosaic import TILINGS, mosaic_sum_of_products
 from lorajax_kernels.nf4 import choose_nf4
 
 KERNELS = [name for name in attention_implementations() if name != "reference"]
@@ -362,29 +362,6 @@ def test_sums_of_products_in_one_kernel(rows, out, ks, start, transposed, figure
     case = f"{rows} x {' + '.join(map(str, ks))} x {out}"
     figure(f"sums in one kernel, {case}: errors", " ".join(f"{error:.1e}" for error in errors))
     assert max(errors) <= 3e-3
-
-
-@pytest.mark.parametrize("rows, out, ks", ((16384, 8192, (2048, 64)), (4104, 576, (1536, 24))))
-def test_gate_up_and_their_product_in_one_kernel(rows, out, ks, figure):
-    serving_lora("mosaic")
-    lefts = random_arrays([(rows, k) for k in ks], jnp.bfloat16)
-    rights = [random_arrays([(out, k) for k in ks], jnp.bfloat16) for _ in range(2)]
-    rights = jax.tree.map(lambda right: right / ks[0] ** 0.5, rights)
-
-    def plain(lefts, *rights):
-        x = jnp.concatenate(lefts, axis=1).astype(jnp.float32)
-        sides = [jnp.concatenate(side, axis=1).astype(jnp.float32).T for side in rights]
-        gate, up = (jnp.matmul(x, side, precision="highest") for side in sides)
-        return gate, up, jax.nn.silu(gate) * up
-
-    expected = jax.jit(plain).lower(lefts, *rights).compile({"xla_gpu_autotune_level": 0})(lefts, *rights)
-    tilings = [tiling for tiling, _ in TILINGS if tiling.columns % 128 == 0]
-    for tiling in tilings:
-        found = jax.jit(functools.partial(mosaic_gated_sums, tiling=tiling))(lefts, *rights)
-        errors = [relative(a, b) for a, b in zip(found, expected, strict=True)]
-        case = f"{rows} x {' + '.join(map(str, ks))} x {out}, {tiling.columns} columns"
-        figure(f"gate, up and product, {case}: errors", " ".join(f"{error:.1e}" for error in errors))
-        assert max(errors) <= 5e-3
 
 
 @pytest.mark.parametrize("implementation", lora_implementations())

@@ -71,7 +71,7 @@ def program(graph, checkpointing):
     def loss(trained, frozen, x):
         factor = 1 + jnp.mean(jax.tree.leaves(frozen)[0]) ** 2  # closed over by the layers
 
-        def layer(block, index, x, keeps_gates):
+        def layer(block, index, x):
             return block(x, factor) * (1 + 0.1 * index)
 
         y = run_layers(layer, nnx.merge(graph, trained, frozen), x, checkpointing=checkpointing)
@@ -225,7 +225,7 @@ def test_layers_of_one_kind_are_traced_once(arrays):
     calls = []
 
     def loss(trained, frozen, x):
-        def layer(block, index, x, keeps_gates):
+        def layer(block, index, x):
             calls.append(block.scale)
             return block(x, 1.0)
 
@@ -245,7 +245,7 @@ def test_without_gradients_layers_run_as_they_are(arrays):
     graph, trained, frozen, x = arrays
     model = nnx.merge(graph, trained, frozen)
     run = [
-        run_layers(lambda block, index, x, _: block(x, 1.0), model, x, checkpointing=checkpointing)
+        run_layers(lambda block, index, x: block(x, 1.0), model, x, checkpointing=checkpointing)
         for checkpointing in (None, "offload")
     ]
     np.testing.assert_array_equal(*run)

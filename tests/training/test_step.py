@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from lorajax_kernels import device
-from lorajax_kernels.lora import gradient as gradient_module
 
 from lorajax.config import TrainConfig
 from lorajax.lora.config import LoRAConfig
@@ -273,43 +272,6 @@ def test_the_inputs_of_all_layers_but_the_last_are_offloaded(lowered):
     assert placements("full") == []
 
 
-GATES = {"gate": "save", "up": "save"}
-
-
-@pytest.mark.parametrize(
-    ("checkpointing", "runs"),
-    [("none", 1), (GATES | {"lora_hidden": "save"}, 1), (GATES, 0), ({"gate": "save"}, 0), ("full", 0)],
-)
-def test_gates_and_their_product_come_of_one_kernel_that_runs_once(
-    checkpointing, runs, weights, gradient, monkeypatch
-):
-    """Where all that is made of it is kept. The backward pass would make all three again for one."""
-
-    @jax.jit
-    def in_one_kernel(x, u, gate, up):
-        gate, up = (x @ weight.T + u @ s.T for weight, s in (gate, up))
-        return gate, up, jax.nn.silu(gate) * up
-
-    monkeypatch.setattr(gradient_module, "_gated_tiling", lambda options, *_: options.gated or None)
-    monkeypatch.setattr(
-        gradient_module, "mosaic_gated_sums", lambda lefts, *rights, tiling: in_one_kernel(*lefts, *rights)
-    )
-    graph, trainable, frozen = weights("lora")
-    batch = cut(make_batch(), 1)
-    program = jax.jit(
-        lambda *arguments: loss_and_gradient(
-            graph, *arguments, mesh=data_mesh(), checkpointing=checkpointing
-        ),
-        compiler_options=OPTIONS,
-    ).lower(trainable, frozen, batch)
-    assert program.as_text().count("call @in_one_kernel") == runs  # in what all layers run
-    if runs:
-        loss, found = program.compile()(trainable, frozen, batch)
-        expected_loss, expected = gradient(batch, checkpointing="none")
-        assert abs(float(loss) - expected_loss) <= 1e-6 * expected_loss
-        assert difference(on_host(found), expected) <= 1e-6
-
-
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_kernels_are_chosen_for_a_program_that_is_split_over_devices(checkpointing, weights, monkeypatch):
     """Layers of one kind are traced once; each device has a loss of its own."""
@@ -324,7 +286,6 @@ def test_kernels_are_chosen_for_a_program_that_is_split_over_devices(checkpointi
 
     monkeypatch.setattr(decoder, "attention", spy(decoder.attention))
     monkeypatch.setattr(decoder, "lora_linears", spy(decoder.lora_linears))
-    monkeypatch.setattr(decoder, "gated_lora_linears", spy(decoder.gated_lora_linears))
     monkeypatch.setattr(step_module, "linear_cross_entropy", spy(step_module.linear_cross_entropy))
     graph, trainable, frozen = weights("lora")
     mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -332,8 +293,7 @@ def test_kernels_are_chosen_for_a_program_that_is_split_over_devices(checkpointi
         lambda *arguments: loss_and_gradient(graph, *arguments, mesh=mesh, checkpointing=checkpointing)
     )(trainable, frozen, cut(make_batch(), 1))
     assert seen.count(("attention", 2)) == 1
-    gates = {("gated_lora_linears", 2)} if checkpointing == "none" else set()
-    assert set(seen) == {("attention", 2), ("lora_linears", 2), ("linear_cross_entropy", 1)} | gates
+    assert set(seen) == {("attention", 2), ("lora_linears", 2), ("linear_cross_entropy", 1)}
 
 
 # --- packing ---

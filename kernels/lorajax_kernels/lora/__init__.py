@@ -19,7 +19,6 @@ __all__ = [
     "ARRANGEMENTS",
     "Adapter",
     "choose_lora",
-    "gated_lora_linears",
     "lora_implementations",
     "lora_linear",
     "lora_linears",
@@ -140,66 +139,15 @@ def lora_linears(
         ValueError: shapes, dtypes or options do not fit together, or the implementation is unknown or cannot
             serve.
     """
-    return _of_all(x, weights, adapters, biases, norm, trainable_bias, arrangement, implementation)[0]
-
-
-def gated_lora_linears(
-    x: Float[Array, "*rows in"],
-    weights: Sequence[Float[Array, "out in"] | NF4Weight],
-    adapters: Sequence[Adapter | None],
-    *,
-    biases: Sequence[Float[Array, " out"] | None] | None = None,
-    norm: tuple[Float[Array, " in"], float] | None = None,
-    trainable_bias: bool = False,
-    arrangement: str = "auto",
-    implementation: str = "auto",
-) -> tuple[Float[Array, "*rows out"], Float[Array, "*rows out"], Float[Array, "*rows out"] | None]:
-    """`lora_linears` of gate and up, and swiglu(gate, up) where one kernel makes all three.
-
-        gate, up, product = gated_lora_linears(x, [w_gate, w_up], [gate_adapter, up_adapter])
-        y = swiglu_lora_linear(gate, up, w_down, down_adapter, product=product)
-
-    The third result is None where the implementation has no such kernel ("mosaic" has, for layers of equal
-    size with adapters and without biases), and has no gradient. Where gate and up are made again in the
-    backward pass, lora_linears does less: the product is not needed there.
-
-    Args:
-        x, weights, adapters, biases, norm, trainable_bias, arrangement, implementation: as in lora_linears.
-
-    Raises:
-        ValueError: as in lora_linears, or there are not two layers.
-    """
-    if len(weights) != 2:
-        raise ValueError(f"gated_lora_linears: weights must be those of gate and up, got {len(weights)}")
-    (gate, up), product = _of_all(
-        x, weights, adapters, biases, norm, trainable_bias, arrangement, implementation, gated=True
-    )
-    return gate, up, product
-
-
-def _of_all(
-    x: Array,
-    weights: Sequence[Array | NF4Weight],
-    adapters: Sequence[Adapter | None],
-    biases: Sequence[Array | None] | None,
-    norm: tuple[Array, float] | None,
-    trainable_bias: bool,
-    arrangement: str,
-    implementation: str,
-    gated: bool = False,
-) -> tuple[tuple[Array, ...], Array | None]:
     weights, adapters = tuple(weights), tuple(adapters)
     biases = (None,) * len(weights) if biases is None else tuple(biases)
     _check(x, weights, adapters, biases, arrangement)
     norm_weight, epsilon = (None, 0.0) if norm is None else norm
     if norm_weight is not None and norm_weight.shape != (x.shape[-1],):
         raise ValueError(f"lora_linears: norm must be of [in={x.shape[-1]}], got shape {norm_weight.shape}")
-    kernels = _kernels(x, adapters, implementation)
-    gated = gated and all(bias is None for bias in biases)
-    options = gradient.Options(arrangement, trainable_bias, kernels, epsilon, gated)
-    ys, product = gradient.apply(options, x.reshape(-1, x.shape[-1]), norm_weight, weights, adapters, biases)
-    shaped = [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
-    return tuple(shaped), None if product is None else product.reshape(shaped[0].shape)
+    options = gradient.Options(arrangement, trainable_bias, _kernels(x, adapters, implementation), epsilon)
+    ys = gradient.apply(options, x.reshape(-1, x.shape[-1]), norm_weight, weights, adapters, biases)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
 
 
 def swiglu_lora_linear(
@@ -208,7 +156,6 @@ def swiglu_lora_linear(
     weight: Float[Array, "out in"] | NF4Weight,
     adapter: Adapter | None,
     *,
-    product: Float[Array, "*rows in"] | None = None,
     bias: Float[Array, " out"] | None = None,
     trainable_bias: bool = False,
     arrangement: str = "auto",
@@ -220,25 +167,22 @@ def swiglu_lora_linear(
 
     Args:
         gate, up: float32, bfloat16 or float16.
-        product: swiglu(gate, up), where it is there already (see gated_lora_linears). Gradients are those of
-            gate and up all the same.
         weight, adapter, bias, trainable_bias, arrangement, implementation: as in lora_linears.
 
     Returns:
         In gate's dtype.
 
     Raises:
-        ValueError: as in lora_linears, or up or product do not fit gate.
+        ValueError: as in lora_linears, or up does not fit gate.
     """
-    for name, other in (("up", up), ("product", product)):
-        if other is not None and (other.shape != gate.shape or other.dtype != gate.dtype):
-            raise ValueError(
-                f"swiglu_lora_linear: {name} must be {gate.dtype} of shape {gate.shape} to fit gate, "
-                f"got {other.dtype} of shape {other.shape}"
-            )
+    if up.shape != gate.shape or up.dtype != gate.dtype:
+        raise ValueError(
+            f"swiglu_lora_linear: up must be {gate.dtype} of shape {gate.shape} to fit gate, "
+            f"got {up.dtype} of shape {up.shape}"
+        )
     _check(gate, (weight,), (adapter,), (bias,), arrangement)
     options = gradient.Options(arrangement, trainable_bias, _kernels(gate, (adapter,), implementation))
-    flat = [None if x is None else x.reshape(-1, x.shape[-1]) for x in (gate, up, product)]
+    flat = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
     y = gradient.apply_gated(options, *flat, weight, adapter, bias)
     return y.reshape(*gate.shape[:-1], y.shape[-1])
 

@@ -29,13 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lorajax_kernels.elementwise import inverse_rms, rms_norm, swiglu
-from lorajax_kernels.lora.mosaic import (
-    SLICE,
-    Tiling,
-    mosaic_gated_sums,
-    mosaic_sum_of_products,
-    tiling_for,
-)
+from lorajax_kernels.lora.mosaic import SLICE, Tiling, mosaic_sum_of_products, tiling_for
 from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
 from lorajax_kernels.lora.products import should_join, sum_of_products
 from lorajax_kernels.lora.triton import (
@@ -91,26 +85,19 @@ class Options:
         trainable_bias: whether biases have gradients.
         kernels: what makes the small products.
         epsilon: of the norm, where there is one.
-        gated: whether swiglu of the two outputs is wanted too, if that costs no pass of its own; then there
-            are no biases.
     """
 
     arrangement: str
     trainable_bias: bool
     kernels: Kernels
     epsilon: float = 0.0
-    gated: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply(
     options: Options, x: Rows, norm: Array | None, weights: Weights, adapters: Adapters, biases: Biases
-) -> tuple[Outputs, Array | None]:
-    """The outputs, and swiglu of them if options say so and it is at hand: that has no gradient here.
-
-    Args:
-        norm: the layers see rms_norm(x, norm), with x as residual in place of what is normalised.
-    """
+) -> Outputs:
+    """Of rms_norm(x, norm), with x as residual in place of what is normalised; of x without `norm`."""
     return _forward(options, x, norm, weights, adapters, biases)[0]
 
 
@@ -123,17 +110,12 @@ def _forward(
     if norm is not None:
         inverse = checkpoint_name(inverse_rms(x, epsilon=options.epsilon)[:, 0], "lora_hidden")
         x = rms_norm(x, norm, epsilon=options.epsilon)
-    gated = None
-    if (tiling := _gated_tiling(options, x, weights, adapters)) is not None:
-        u, ys, gated = _hidden_and_gated(options, x, weights, adapters, tiling)
-    else:
-        u, ys = _hidden_and_outputs(options, x, weights, adapters)
+    u, ys = _hidden_and_outputs(options, x, weights, adapters)
     ys = [y if bias is None else y + bias.astype(y.dtype) for y, bias in zip(ys, biases, strict=True)]
-    return (tuple(ys), gated), (u, inverse, *residuals)
+    return tuple(ys), (u, inverse, *residuals)
 
 
-def _backward(options: Options, residuals, cotangents: tuple[Outputs, Array | None]):
-    dys, _ = cotangents
+def _backward(options: Options, residuals, dys: Outputs):
     u, inverse, x, norm, weights, adapters, biases = residuals
     dys, weights, adapters = _once_there(tuple(dys), x.dtype, weights, adapters)
     dus, dbs = _gradients_of_b(options, dys, u, adapters)
@@ -154,33 +136,16 @@ apply.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply_gated(
-    options: Options,
-    gate: Rows,
-    up: Rows,
-    product: Rows | None,
-    weight: Weight,
-    adapter: Adapter | None,
-    bias: Array | None,
+    options: Options, gate: Rows, up: Rows, weight: Weight, adapter: Adapter | None, bias: Array | None
 ) -> Array:
-    """`apply` of one layer to x = silu(gate) * up, with gate and up as residuals in place of x.
-
-    Args:
-        product: x, where it is there already; it has no gradient.
-    """
-    return _gated_forward(options, gate, up, product, weight, adapter, bias)[0]
+    """`apply` of one layer to x = silu(gate) * up, with gate and up as residuals in place of x."""
+    return _gated_forward(options, gate, up, weight, adapter, bias)[0]
 
 
 def _gated_forward(
-    options: Options,
-    gate: Rows,
-    up: Rows,
-    product: Rows | None,
-    weight: Weight,
-    adapter: Adapter | None,
-    bias: Array | None,
+    options: Options, gate: Rows, up: Rows, weight: Weight, adapter: Adapter | None, bias: Array | None
 ):
-    x = swiglu(gate, up) if product is None else product
-    ((y,), _), (u, *_) = _forward(options, x, None, (weight,), (adapter,), (bias,))
+    (y,), (u, *_) = _forward(options, swiglu(gate, up), None, (weight,), (adapter,), (bias,))
     return y, (gate, up, u, weight, adapter, bias)
 
 
@@ -203,7 +168,7 @@ def _gated_backward(options: Options, residuals, dy: Array):
         dadapter, gate, up = jax.lax.optimization_barrier((dadapter, gate, up))
         dgate, dup = jax.vjp(swiglu, gate, up)[1](dx)
     dbiases = _gradients_of_biases(options, [dy], (bias,))
-    return dgate, dup, None, None, dadapter, None if dbiases is None else dbiases[0]
+    return dgate, dup, None, dadapter, None if dbiases is None else dbiases[0]
 
 
 apply_gated.defvjp(_gated_forward, _gated_backward)
@@ -261,21 +226,6 @@ def _hidden_and_outputs(
     return u, ys
 
 
-def _hidden_and_gated(
-    options: Options, x: Rows, weights: Weights, adapters: Adapters, tiling: Tiling
-) -> tuple[Hidden, list[Array], Array]:
-    """Of two layers with adapters: their hidden activations, their outputs, and swiglu of these."""
-    present = _present(adapters)
-    width = _width(options, present)
-    u = checkpoint_name(_hidden(x, present, width), "lora_hidden")
-    rights = [
-        [dense(weight, x.dtype), _in_columns(adapter, own, slice(0, width), x.dtype)]
-        for weight, adapter, own in zip(weights, present, _columns(present), strict=True)
-    ]
-    *ys, gated = mosaic_gated_sums([x, u], *rights, tiling=tiling)
-    return u, ys, gated
-
-
 def _hidden(x: Rows, present: Sequence[Adapter], width: int) -> Hidden:
     """x A^T of all adapters side by side, filled up to this many columns."""
     if any(adapter.drops for adapter in present):
@@ -290,19 +240,11 @@ def _in_columns(adapter: Adapter, own: slice, window: slice, dtype: jnp.dtype) -
     return jnp.pad(b, ((0, 0), (own.start - window.start, window.stop - own.stop)))
 
 
-def _gated_tiling(options: Options, x: Rows, weights: Weights, adapters: Adapters) -> Tiling | None:
-    """For two layers and swiglu of both in one kernel; None where that is not wanted or does not fit."""
-    present = _present(adapters)
-    if not options.gated or len(present) != 2 or weights[0].shape != weights[1].shape:
-        return None
-    return _tiling(options, x.shape[0], weights[0].shape[0], [x.shape[1], _width(options, present)], parts=2)
-
-
-def _tiling(options: Options, rows: int, out: int, ks: Sequence[int], *, parts: int = 1) -> Tiling | None:
-    """For sums of products that are to be Mosaic's; None where they are XLA's."""
+def _tiling(options: Options, rows: int, out: int, ks: Sequence[int]) -> Tiling | None:
+    """For a sum of products that is to be Mosaic's; None where it is XLA's."""
     if not options.kernels.sums or options.arrangement != "auto":
         return None
-    return tiling_for(rows, out, ks, parts=parts)
+    return tiling_for(rows, out, ks)
 
 
 def _width(options: Options, present: Sequence[Adapter]) -> int:

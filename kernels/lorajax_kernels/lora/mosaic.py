@@ -14,7 +14,6 @@ beyond an operand's edges is loaded as zero, and nothing is stored there.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,7 +51,7 @@ class Tiling:
         rows: of a block's tile.
         strip: tiles one above the other that are taken before those beside them. What is read again comes
             from the L2 cache then. To take a column of tiles at a time reads all of the left operands from
-            memory for each: as fast for a moment, but 8% slower for good, when its power limits the GPU.
+            memory for each: as fast for a moment, but slower for good, when its power limits the GPU.
     """
 
     columns: int = 256
@@ -79,16 +78,13 @@ def why_not(problem: Problem, device: Device) -> str | None:
     return None
 
 
-def tiling_for(
-    rows: int, out: int, ks: Sequence[int], processors: int | None = None, *, parts: int = 1
-) -> Tiling | None:
+def tiling_for(rows: int, out: int, ks: Sequence[int], processors: int | None = None) -> Tiling | None:
     """The tiling for a sum of these sizes; None where the kernel cannot serve, or is no gain.
 
     Args:
         rows, out: of the sum.
         ks: of the products.
         processors: multiprocessors of the GPU; None: of the current device.
-        parts: sums that share a tile; for mosaic_gated_sums 2.
     """
     fits = rows % ROWS == 0 and out % SLICE == 0
     if not fits or not all(k % SLICE == 0 if k > SLICE else k % ROWS == 0 for k in ks):
@@ -96,12 +92,12 @@ def tiling_for(
 
     def cost(choice: tuple[Tiling, float]) -> float:
         tiling, factor = choice
-        return _rounds(rows, parts * out, tiling, processors)[0] * tiling.columns * factor
+        return _rounds(rows, out, tiling, processors)[0] * tiling.columns * factor
 
-    best = min((each for each in TILINGS if each[0].columns % (parts * SLICE) == 0), key=cost)[0]
+    best = min(TILINGS, key=cost)[0]
     area = BLOCKS * best.rows * best.columns
-    done = _rounds(rows, parts * out, best, processors)[0] * _clusters(processors) * area
-    return best if rows * parts * out >= LEAST_USE * done else None
+    done = _rounds(rows, out, best, processors)[0] * _clusters(processors) * area
+    return best if rows * out >= LEAST_USE * done else None
 
 
 def _clusters(processors: int | None) -> int:
@@ -111,8 +107,8 @@ def _clusters(processors: int | None) -> int:
 def _rounds(rows: int, out: int, tiling: Tiling, processors: int | None) -> tuple[int, int]:
     """How many tiles one after the other, and the least clusters that need no more.
 
-    More would wait at the end, or the tiles of a strip would lie less evenly: an H200 at its power limit
-    takes 2 to 3% less time with 64 clusters than with all 66, where both have as many rounds.
+    More would wait at the end, or the tiles of a strip would lie less evenly: where both have as many rounds,
+    an H200 at its power limit takes less time with 64 clusters than with all 66.
     """
     tiles = -(-rows // (BLOCKS * tiling.rows)) * -(-out // tiling.columns)
     rounds = -(-tiles // _clusters(processors))
@@ -140,84 +136,44 @@ def mosaic_sum_of_products(
         processors: multiprocessors of the GPU; None: of the current device.
         interpret: as in pallas.mosaic_gpu.kernel.
     """
-    starts = (0,) * len(lefts) if starts is None else tuple(starts)
-    return _run(lefts, [rights], transposed, starts, tiling, processors, interpret)[0]
-
-
-def mosaic_gated_sums(
-    lefts: Sequence[Float[Array, "rows _"]],
-    gate_rights: Sequence[Float[Array, "out _"]],
-    up_rights: Sequence[Float[Array, "out _"]],
-    *,
-    tiling: Tiling,
-    processors: int | None = None,
-    interpret: Any = None,
-) -> tuple[Float[Array, "rows out"], Float[Array, "rows out"], Float[Array, "rows out"]]:
-    """gate = sum of left_j @ gate_right_j^T, up likewise, and silu(gate) * up of what they are rounded to.
-
-    Half of a tile's columns are gate's and half are up's, so that both are at hand for their product.
-
-    Args:
-        lefts, tiling, processors, interpret: as in mosaic_sum_of_products; of lefts all columns count.
-        gate_rights, up_rights: each [out, k_j].
-    """
-    gate, up, gated = _run(
-        lefts, [gate_rights, up_rights], True, (0,) * len(lefts), tiling, processors, interpret
-    )
-    return gate, up, gated
-
-
-def _run(
-    lefts: Sequence[Array],
-    rights: Sequence[Sequence[Array]],
-    transposed: bool,
-    starts: tuple[int, ...],
-    tiling: Tiling,
-    processors: int | None,
-    interpret: Any,
-) -> list[Array]:
-    """The sums of each of `rights`; of two, also of what is made of both."""
-    results = _results(lefts, rights, transposed)
+    lefts, rights = tuple(lefts), tuple(rights)
+    result = _result(lefts, rights, transposed)
     if is_assumed():
-        return stand_in(*lefts, *itertools.chain(*rights), out_shape=results)
-    rows, out = results[0].shape
-    _, clusters = _rounds(rows, len(rights) * out, tiling, processors)
-    return _call(tuple(lefts), tuple(map(tuple, rights)), transposed, starts, tiling, clusters, interpret)
+        return stand_in(*lefts, *rights, out_shape=result)
+    starts = (0,) * len(lefts) if starts is None else tuple(starts)
+    rows, out = result.shape
+    _, clusters = _rounds(rows, out, tiling, processors)
+    return _call(lefts, rights, transposed, starts, tiling, clusters, interpret)
 
 
-def _results(
-    lefts: Sequence[Array], rights: Sequence[Sequence[Array]], transposed: bool
-) -> list[jax.ShapeDtypeStruct]:
-    shape = lefts[0].shape[0], rights[0][0].shape[0 if transposed else 1]
-    return [jax.ShapeDtypeStruct(shape, lefts[0].dtype)] * (1 if len(rights) == 1 else 3)
+def _result(lefts: Sequence[Array], rights: Sequence[Array], transposed: bool) -> jax.ShapeDtypeStruct:
+    shape = lefts[0].shape[0], rights[0].shape[0 if transposed else 1]
+    return jax.ShapeDtypeStruct(shape, lefts[0].dtype)
 
 
 # Traced once for all layers.
 @functools.partial(jax.jit, static_argnums=range(2, 7))
 def _call(
     lefts: tuple[Array, ...],
-    rights: tuple[tuple[Array, ...], ...],
+    rights: tuple[Array, ...],
     transposed: bool,
     starts: tuple[int, ...],
     tiling: Tiling,
     clusters: int,
     interpret: Any,
-) -> list[Array]:
+) -> Array:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    count, parts, dtype, stages = len(lefts), len(rights), lefts[0].dtype, tiling.stages
-    results = _results(lefts, rights, transposed)
-    rows, out = results[0].shape
-    slices = [-(-right.shape[1 if transposed else 0] // SLICE) for right in rights[0]]
-    width = tiling.columns // parts  # of a tile's columns, each part's
-    tiles = -(-rows // (BLOCKS * tiling.rows)), -(-out // width)
+    count, dtype, stages = len(lefts), lefts[0].dtype, tiling.stages
+    result = _result(lefts, rights, transposed)
+    rows, out = result.shape
+    slices = [-(-right.shape[1 if transposed else 0] // SLICE) for right in rights]
+    tiles = -(-rows // (BLOCKS * tiling.rows)), -(-out // tiling.columns)
     own_rows = tiling.rows // MULTIPLYING
 
     def sums_of_products(*refs: Any) -> None:
-        ends = list(range(0, (1 + parts) * count + 1, count))
-        left_refs, *right_refs = (refs[i:j] for i, j in itertools.pairwise(ends))
-        out_refs = refs[ends[-1] :]
+        left_refs, right_refs, out_ref = refs[:count], refs[count:-1], refs[-1]
 
         def scoped(left_ring: Any, right_ring: Any, out_buffers: Any, full: Any, free: Any) -> None:
             warpgroup = lax.axis_index("warpgroup")
@@ -225,7 +181,7 @@ def _call(
             def corner(tile: Any) -> tuple[Any, Any]:
                 row, column = plgpu.planar_snake(tile, tiles, 0, tiling.strip)
                 row = row * BLOCKS + lax.axis_index("block")
-                return row * tiling.rows, column * width
+                return row * tiling.rows, column * tiling.columns
 
             def place(step: Any) -> Any:
                 return lax.rem(step, jnp.int32(stages))
@@ -233,28 +189,23 @@ def _call(
             # Both count the slices, from tile to tile, as steps.
             def load_tile(tile: Any, carry: Any) -> Any:
                 row, column = corner(tile.index[0])
-                across, step = pl.ds(column, width), carry
-                for j, many in enumerate(slices):
+                across, step = pl.ds(column, tiling.columns), carry
+                for left, right, start, many in zip(left_refs, right_refs, starts, slices, strict=True):
 
-                    def load(i: Any, step: Any, j: int = j) -> Any:
+                    def load(i: Any, step: Any, left: Any = left, right: Any = right, start: int = start):
                         at = place(step)
 
                         @pl.when(step >= stages)
                         def _() -> None:
                             plgpu.barrier_wait(free.at[at])
 
-                        own = left_refs[j].at[pl.ds(row, tiling.rows), pl.ds(starts[j] + i * SLICE, SLICE)]
-                        plgpu.copy_gmem_to_smem(own, left_ring.at[at], full.at[at])
+                        own = left.at[pl.ds(row, tiling.rows), pl.ds(start + i * SLICE, SLICE)]
                         along = pl.ds(i * SLICE, SLICE)
-                        for part, rights in enumerate(right_refs):
-                            plgpu.copy_gmem_to_smem(
-                                rights[j].at[(across, along) if transposed else (along, across)],
-                                right_ring.at[at].at[pl.ds(part * width, width)]
-                                if parts > 1
-                                else right_ring.at[at],
-                                full.at[at],
-                                collective_axes="block",
-                            )
+                        shared = right.at[(across, along) if transposed else (along, across)]
+                        plgpu.copy_gmem_to_smem(own, left_ring.at[at], full.at[at])
+                        plgpu.copy_gmem_to_smem(
+                            shared, right_ring.at[at], full.at[at], collective_axes="block"
+                        )
                         return step + 1
 
                     step = lax.fori_loop(0, many, load, step)
@@ -264,13 +215,13 @@ def _call(
                 row, column = corner(tile.index[0])
                 end = carry + sum(slices)
 
-                def summed(sums: Any) -> Any:
+                def summed(accumulator: Any) -> Any:
                     def multiply(step: Any, _: None) -> None:
                         at = place(step)
                         plgpu.barrier_wait(full.at[at])
                         left = left_ring.at[at].at[pl.ds(warpgroup * own_rows, own_rows)]
                         right = right_ring.at[at]
-                        plgpu.wgmma(sums, left, right.transpose((1, 0)) if transposed else right)
+                        plgpu.wgmma(accumulator, left, right.transpose((1, 0)) if transposed else right)
                         plgpu.wgmma_wait(1)
 
                         # The product before this one is done.
@@ -279,26 +230,20 @@ def _call(
                             plgpu.barrier_arrive(free.at[place(step - 1)])
 
                     lax.fori_loop(carry, end, multiply, None)
-                    return sums[...]
+                    return accumulator[...]
 
-                result = pl.run_scoped(summed, plgpu.ACC((own_rows, tiling.columns), jnp.float32))
+                sums = pl.run_scoped(summed, plgpu.ACC((own_rows, tiling.columns), jnp.float32))
                 plgpu.barrier_arrive(free.at[place(end - 1)])
                 own = pl.ds(row + warpgroup * own_rows, own_rows)
                 # The last tile's results have long been stored: each buffer is free.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                number = 0
-                for begin in range(0, width, SLICE):
-                    columns = [
-                        result[:, i : i + SLICE].astype(dtype) for i in range(begin, tiling.columns, width)
-                    ]
-                    for ref, value in zip(out_refs, columns if parts == 1 else _gated(*columns), strict=True):
-                        buffer = out_buffers.at[warpgroup, number % tiling.buffers]
-                        if number >= tiling.buffers:
-                            plgpu.wait_smem_to_gmem(tiling.buffers - 1, wait_read_only=True)
-                        number += 1
-                        buffer[...] = value
-                        plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(buffer, ref.at[own, pl.ds(column + begin, SLICE)])
+                for number, begin in enumerate(range(0, tiling.columns, SLICE)):
+                    buffer = out_buffers.at[warpgroup, number % tiling.buffers]
+                    if number >= tiling.buffers:
+                        plgpu.wait_smem_to_gmem(tiling.buffers - 1, wait_read_only=True)
+                    buffer[...] = sums[:, begin : begin + SLICE].astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(buffer, out_ref.at[own, pl.ds(column + begin, SLICE)])
                 return end
 
             each_tile = plgpu.nd_loop(
@@ -336,14 +281,14 @@ def _call(
             buffers(stages, tiling.rows, SLICE),
             buffers(stages, *right_slice),
             buffers(MULTIPLYING, tiling.buffers, own_rows, SLICE),
-            plgpu.Barrier(num_arrivals=1 + parts, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=MULTIPLYING, num_barriers=stages),
             collective_axes="warpgroup",
         )
 
     call = plgpu.kernel(
         sums_of_products,
-        out_type=results,
+        out_type=result,
         grid=(clusters,),
         grid_names=("cluster",),
         cluster=(BLOCKS,),
@@ -353,10 +298,4 @@ def _call(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    return call(*lefts, *itertools.chain(*rights))
-
-
-def _gated(gate: Array, up: Array) -> tuple[Array, Array, Array]:
-    wide = gate.astype(jnp.float32)
-    product = wide / (1 + jnp.exp(-wide)) * up.astype(jnp.float32)
-    return gate, up, product.astype(gate.dtype)
+    return call(*lefts, *rights)
