@@ -174,6 +174,8 @@ def _call(
 
     def sums_of_products(*refs: Any) -> None:
         left_refs, right_refs, out_ref = refs[:count], refs[count:-1], refs[-1]
+        if interpret is None:
+            plgpu.inline_mgpu()(_named_for_dumps)()
 
         def scoped(left_ring: Any, right_ring: Any, out_buffers: Any, full: Any, free: Any) -> None:
             warpgroup = lax.axis_index("warpgroup")
@@ -299,3 +301,13 @@ def _call(
         interpret=interpret,
     )
     return call(*lefts, *rights)
+
+
+def _named_for_dumps(context: Any) -> None:
+    """Name the module as what a dump of it would be called.
+
+    Otherwise Mosaic does, and counts how often it has lowered a kernel of this name. A program would differ
+    with what its process had lowered before, and JAX's compilation cache would not know it again.
+    """
+    attributes = context.module.operation.attributes
+    attributes["mosaic_gpu.dump_basename"] = attributes["sym_name"]
