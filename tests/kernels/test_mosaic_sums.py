@@ -31,6 +31,7 @@ COMPILATION = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from lorajax.memory.targets import find_target
+from lorajax_kernels.lora import mosaic
 from lorajax_kernels.lora.mosaic import mosaic_sum_of_products, tiling_for
 
 topology = topologies.get_topology_desc(
@@ -54,6 +55,8 @@ def compiled(rows, out, ks, transposed, dtype):
         return jax.jit(lambda *operands: run(*operands)).lower([array(rows, k) for k in ks], rights)
 
     lowered = lower()
+    jax.clear_caches()
+    mosaic._lowered.cache_clear()
     program = lowered.compile()
     temporaries, kernels = program.memory_analysis().temp_size_in_bytes, program.as_text().count("mosaic_gpu")
     # As in any other process: compilation caches know it by its text.
