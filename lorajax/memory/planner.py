@@ -234,23 +234,31 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout) -> Estimate:
     alone = max(0.0, waiting - policy.copy_span * max(travelling))
     step += 2 * COPY_COST * costs.copied(waiting) + costs.copied(alone)
     seconds = micro_batches * (step + costs.micro_batch) + costs.update
+    gradients = [0 if layer.gradient_away else 4 * work.trainable // len(saved) for layer in policy.layers]
+    activations, made = _activations_and_gradients(saved, travelling, gradients, policy.copy_span)
     # Of gradients in host memory too, what they sum up to over micro-batches stays on the GPU.
-    gradients = 4 * work.trainable * (1 if micro_batches == 1 else 2) - waiting
-    workspace = _workspace(work, policy, layout.mlp_chunks) + gradients
-    device = Breakdown(*problem.fixed, _activations(saved, travelling, policy.copy_span), int(workspace))
+    sums = 4 * work.trainable if micro_batches > 1 else 0
+    workspace = _workspace(work, policy, layout.mlp_chunks) + made + sums
+    device = Breakdown(*problem.fixed, activations, int(workspace))
     host = sum(travelling) + int(waiting)
     return Estimate(layout, micro_batches, seconds, device, host)
 
 
-def _activations(saved: Sequence[int], travelling: Sequence[int], copy_span: int) -> int:
-    """The most that is there while a layer's backward pass runs: what it and the layers below it saved, and
-    what has come back for it and is on its way for the next ones.
+def _activations_and_gradients(
+    saved: Sequence[int], travelling: Sequence[int], gradients: Sequence[int], copy_span: int
+) -> tuple[int, int]:
+    """The most of both that is there while a layer's backward pass runs.
 
-    Copies that start in its turn are not among them: XLA starts them behind the MLP, which takes the most.
+    Activations are what it and the layers below it saved, and what has come back for it and is on its way for
+    the next ones. Copies that start in its turn are not among them: XLA starts them behind the MLP, which
+    takes the most. Gradients are its own and those of the layers above it.
     """
     below = itertools.accumulate(saved)
     windows = (sum(travelling[max(0, index - copy_span + 1) : index + 1]) for index in range(len(saved)))
-    return max(kept + coming for kept, coming in zip(below, windows, strict=True))
+    above = list(itertools.accumulate(reversed(gradients)))[::-1]
+    return max(
+        ((kept + coming, made) for kept, coming, made in zip(below, windows, above, strict=True)), key=sum
+    )
 
 
 def _workspace(work: Workload, policy: Policy, mlp_chunks: int) -> float:

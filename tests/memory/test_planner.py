@@ -268,7 +268,7 @@ def test_a_plan_reads_as_a_table(plan_of):
     plan = plan_of("1b", rows=8, length=2048, budget=5)
     lines = plan.lines()
     assert re.match(r"\d x \d rows on H200: about [\d,]+ tokens/s", lines["plan"])
-    assert lines["GPU memory"].startswith("4.") and "(estimated)" in lines["GPU memory"]
+    assert re.match(r"(4\.\d\d|5\.00)G of 5\.00G \(estimated\)", lines["GPU memory"])
     table = plan.frontier().splitlines()
     assert len(table) <= 13 and "over the budget" in table[1] and "over the budget" not in table[-1]
 
