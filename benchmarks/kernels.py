@@ -19,7 +19,7 @@ from typing import Any
 
 from environment import environment
 
-SCRIPTS = ("attention", "cross_entropy", "lora", "nf4")
+SCRIPTS = ("attention", "cached_attention", "cross_entropy", "elementwise", "lora", "nf4")
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -27,6 +27,7 @@ PACKAGES = (
     "triton",
     "torch",
     "liger-kernel",
+    "cut-cross-entropy",
     "tokamax",
     "flash-attn3-jax",
     "bitsandbytes",

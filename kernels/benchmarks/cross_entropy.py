@@ -4,7 +4,7 @@
 
 Random data. The work is that of the two products, 4 N D V operations. "the two products" makes all logits at
 once and multiplies them with the head again, with no softmax between: no loss, but the time to be held
-against, so that "to best peer" is what the loss costs.
+against, so that "to bound" is what the loss costs.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def _measure(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
         ceilings,
         makers,
         ours=names,
+        bounds=(PRODUCTS,),
         rounds=rounds,
         notes=notes,
     )

@@ -1,10 +1,14 @@
-"""NF4 dequantisation to a 16-bit type, beside bitsandbytes' on the same bytes.
+"""NF4: dequantisation to a 16-bit type and quantisation, beside bitsandbytes', and a linear layer.
 
     python kernels/benchmarks/nf4.py [--tiny]
 
 Random weights, WEIGHTS of them a call, because one alone takes less time than it takes to call. The work is
-the bytes that must be moved: packed weights and scales read, weights written. The ceiling is a copy. Where
-bitsandbytes runs, every element of the first weight is compared with its own, bit for bit.
+the bytes that must be moved: packed weights and scales on one side, weights on the other. The ceiling is a
+copy. Where bitsandbytes runs, every element of every dequantised weight is compared with its own, bit for
+bit, and a difference ends the run.
+
+nf4_linear, forward and backward, is held against the bound "dense": the same products with a weight that need
+not be dequantised.
 """
 
 from __future__ import annotations
@@ -18,10 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lorajax_kernels.nf4 import NF4Weight, dequantize_nf4, nf4_implementations, quantize_nf4
-from results import Ceilings, Row, TorchResult, Work, measure_case, run_alone
+from lorajax_kernels.nf4 import NF4Weight, dequantize_nf4, nf4_implementations, nf4_linear, quantize_nf4
+from lorajax_kernels.precision import product
+from results import Ceilings, Row, TorchResult, Work, measure_case, run_alone, temporary_memory
 
-PEER = "bitsandbytes"
+PEER, DENSE = "bitsandbytes", "dense"
 WEIGHTS = 4
 
 
@@ -35,21 +40,28 @@ class Case:
         shape = f"{self.out_features} x {self.in_features}"
         return f"{shape}, double quantisation" if self.double_quant else shape
 
-    def weights(self, dtype: str) -> list[NF4Weight]:
+    def dense(self, dtype: str) -> list[jax.Array]:
         shape = (self.out_features, self.in_features)
-        random = (jax.random.normal(jax.random.key(seed), shape, dtype) for seed in range(WEIGHTS))
-        return [quantize_nf4(w, self.double_quant) for w in random]
+        return [jax.random.normal(jax.random.key(seed), shape, dtype) for seed in range(WEIGHTS)]
+
+    def weights(self, dtype: str) -> list[NF4Weight]:
+        return [quantize_nf4(w, self.double_quant) for w in self.dense(dtype)]
 
 
 CASES = (Case(4096, 14336, False), Case(4096, 14336, True), Case(2048, 2048, False))
 TINY = (Case(64, 128, False), Case(64, 128, True))
+# Rows of x, with the first case's weight.
+ROWS, TINY_ROWS = 8192, 32
 
 
 def benchmark(ceilings: Ceilings, tiny: bool) -> list[Row]:
     rows: list[Row] = []
-    for case in TINY if tiny else CASES:
-        rows += _measure(case, ceilings, rounds=3 if tiny else 9)
-    return rows
+    rounds, cases = (3, TINY) if tiny else (9, CASES)
+    for case in cases:
+        rows += _measure(case, ceilings, rounds)
+    for case in cases[:2]:
+        rows += _measure_quantize(case, ceilings, rounds)
+    return rows + _measure_linear(cases[0], TINY_ROWS if tiny else ROWS, ceilings, rounds)
 
 
 def _measure(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
@@ -64,6 +76,61 @@ def _measure(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
     notes = {name: _compared(makers[name], makers[PEER]) for name in names}
     return measure_case(
         "dequantize_nf4", str(case), work, ceilings, makers, ours=tuple(names), rounds=rounds, notes=notes
+    )
+
+
+def _measure_quantize(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
+    dense = case.dense(ceilings.half)
+    quantize = jax.jit(lambda weights: [quantize_nf4(w, case.double_quant) for w in weights])
+    work = Work(sum(w.nbytes for w in dense) + sum(q.nbytes for q in quantize(dense)), "bytes")
+
+    def bitsandbytes() -> Callable[[], Any]:
+        import torch
+        from bitsandbytes.functional import quantize_4bit
+
+        options = {"quant_type": "nf4", "compress_statistics": case.double_quant}
+        on_torch = [torch.from_dlpack(w).clone() for w in dense]
+        return lambda: TorchResult([quantize_4bit(w, **options) for w in on_torch])
+
+    makers: dict[str, Callable[[], Any]] = {"xla": lambda: lambda: quantize(dense), PEER: bitsandbytes}
+    return measure_case("quantize_nf4", str(case), work, ceilings, makers, ours=("xla",), rounds=rounds)
+
+
+def _measure_linear(case: Case, rows: int, ceilings: Ceilings, rounds: int) -> list[Row]:
+    keys = jax.random.split(jax.random.key(WEIGHTS), 2)
+    x, dy = (
+        jax.random.normal(key, (rows, width), ceilings.half)
+        for key, width in zip(keys, (case.in_features, case.out_features), strict=True)
+    )
+    q = case.weights(ceilings.half)[0]
+    weight = dequantize_nf4(q, x.dtype)
+    notes: dict[str, str] = {}
+
+    def both_passes(name: str, linear: Callable[..., Any], weight: Any) -> Callable[[], Any]:
+        def forward_and_backward(x: Any, weight: Any, dy: Any) -> Any:
+            y, vjp = jax.vjp(lambda x: linear(x, weight), x)
+            return y, *vjp(dy)
+
+        compiled = jax.jit(forward_and_backward).lower(x, weight, dy).compile()
+        notes[name] = temporary_memory(compiled)
+        return lambda: compiled(x, weight, dy)
+
+    names = tuple(name for name in nf4_implementations() if name != "reference")
+    makers: dict[str, Callable[[], Any]] = {
+        name: functools.partial(both_passes, name, functools.partial(nf4_linear, implementation=name), q)
+        for name in names
+    }
+    makers[DENSE] = lambda: both_passes(DENSE, lambda x, w: product("ri,oi->ro", x, w), weight)
+    return measure_case(
+        "nf4_linear",
+        f"{rows} x {case.in_features} x {case.out_features}",
+        Work(4 * rows * math.prod(q.shape), "flops"),
+        ceilings,
+        makers,
+        ours=names,
+        bounds=(DENSE,),
+        rounds=rounds,
+        notes=notes,
     )
 
 
@@ -110,17 +177,18 @@ def _on_torch(q: NF4Weight, dtype: jnp.dtype) -> tuple[Any, Any]:
 
 
 def _compared(ours: Callable[[], Any], theirs: Callable[[], Any]) -> str:
-    """Whether all bits are bitsandbytes'; nothing where one of the two does not run."""
+    """That all bits of all weights are bitsandbytes'; nothing where one of the two does not run."""
     try:
-        found = np.asarray(ours()()[0], np.float32)
-        expected = theirs()().result[0].float().cpu().numpy()
+        found, expected = ours()(), theirs()().result
     except Exception:  # measure_case reports it
         return ""
-    # As bits, so that -0 is not 0.
-    wrong = int((found.view(np.int32) != expected.view(np.int32)).sum())
-    return (
-        f"{wrong} of {found.size} elements differ from {PEER}'" if wrong else f"equal to {PEER}', bit for bit"
-    )
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+        a, b = np.asarray(a, np.float32), b.float().cpu().numpy()
+        # As bits, so that -0 is not 0.
+        wrong = int((a.view(np.int32) != b.view(np.int32)).sum())
+        if wrong:
+            raise AssertionError(f"weight {number}: {wrong} of {a.size} elements differ from {PEER}'")
+    return f"{len(found)} weights equal to {PEER}', bit for bit"
 
 
 if __name__ == "__main__":

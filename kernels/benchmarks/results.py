@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -50,6 +50,7 @@ class Row:
 
     Attributes:
         op, case, implementation: what was measured; `ours` says whose it is.
+        bound: it does a part of the work, and is what the op would take if all else were free.
         ms: median time of a call; None where it did not run, and `note` says why.
         fastest, slowest: of the runs that ms is the median of.
         rate: TFLOP/s or GB/s.
@@ -67,6 +68,7 @@ class Row:
     rate: str | None = None
     of_ceiling: float | None = None
     note: str = ""
+    bound: bool = False
 
 
 class TorchResult:
@@ -92,6 +94,7 @@ def measure_case(
     *,
     ours: tuple[str, ...],
     rounds: int,
+    bounds: tuple[str, ...] = (),
     notes: Mapping[str, str] | None = None,
 ) -> list[Row]:
     """Time all implementations of a case in turns.
@@ -100,6 +103,7 @@ def measure_case(
         makers: by name, functions that give what is to be timed (see measure.compare); one that raises is
             reported with its reason.
         ours: names of this library's.
+        bounds: names of what does a part of the work.
         notes: by name; makers may add to them.
     """
     calls: dict[str, Callable[[], Any]] = {}
@@ -116,9 +120,10 @@ def measure_case(
     for name in makers:
         note = (notes or {}).get(name, "")
         if name in failed:
-            rows.append(Row(op, case, name, name in ours, None, note=failed[name]))
+            row = Row(op, case, name, name in ours, None, note=failed[name])
         else:
-            rows.append(_row(op, case, name, name in ours, times[name], work, ceilings, note))
+            row = _row(op, case, name, name in ours, times[name], work, ceilings, note)
+        rows.append(replace(row, bound=name in bounds))
     return rows
 
 
@@ -146,10 +151,10 @@ def _row(
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text, each time beside its ratio to the best time of another library in the same case."""
-    lines = [("op", "case", "implementation", "ms", "rate", "of ceiling", "to best peer", "note")]
+    """The rows as text, each time with its ratios to the best of another library and to the bound."""
+    lines = [("op", "case", "implementation", "ms", "rate", "of ceiling", "to best peer", "to bound", "note")]
     for row in rows:
-        ratio = to_best_peer(row, rows)
+        ratios = to_best_peer(row, rows), to_bound(row, rows)
         lines.append(
             (
                 row.op,
@@ -158,7 +163,7 @@ def table(rows: list[Row]) -> str:
                 "-" if row.ms is None else f"{row.ms:.3f}",
                 row.rate or "",
                 "" if row.of_ceiling is None else f"{row.of_ceiling:.2f}",
-                "" if ratio is None else f"{ratio:.2f}",
+                *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
                 row.note,
             )
         )
@@ -172,41 +177,52 @@ def table(rows: list[Row]) -> str:
 def markdown(record: Mapping[str, Any]) -> str:
     """The record of a run as a table in Markdown: a line a case, times in ms, fastest first.
 
-    Cases that none of this library's implementations was timed in are left out.
+    Cases that none of this library's implementations was timed in are left out, and the column of bounds if
+    none was. Records from before bounds were told apart have them among the others.
     """
-    lines = [
-        "| op and case | this library | of the ceiling | to the fastest other | others |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    any_bounds = any(row.get("bound") for row in record["rows"])
+    titles = ["op and case", "this library", "of the ceiling", "to the fastest other", "others"]
+    titles += ["to the bound"] if any_bounds else []
+    lines = [f"| {' | '.join(titles)} |", f"| {' | '.join(['---'] * len(titles))} |"]
     for op, case in dict.fromkeys((row["op"], row["case"]) for row in record["rows"]):
         rows = [row for row in record["rows"] if (row["op"], row["case"]) == (op, case) and "ms" in row]
         rows.sort(key=lambda row: row["ms"])
-        ours, others = ([row for row in rows if row["ours"] is mine] for mine in (True, False))
+        bounds = [row for row in rows if row.get("bound")]
+        ours, others = ([r for r in rows if r["ours"] is mine and r not in bounds] for mine in (True, False))
         if not ours:
             continue
-        names, other_names = (
-            ", ".join(f"{row['implementation']} {row['ms']:.3g}" for row in each) for each in (ours, others)
+        names, other_names, bound_names = (
+            ", ".join(f"{row['implementation']} {row['ms']:.3g}" for row in each)
+            for each in (ours, others, bounds)
         )
         ratio = f"{ours[0]['ms'] / others[0]['ms']:.2f}" if others else ""
-        cells = (f"{op}, {case}", names, f"{ours[0]['of_ceiling']:.0%}", ratio, other_names)
+        cells = [f"{op}, {case}", names, f"{ours[0]['of_ceiling']:.0%}", ratio, other_names]
+        if any_bounds:
+            cells.append(f"{ours[0]['ms'] / bounds[0]['ms']:.2f}: {bound_names}" if bounds else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def as_json(row: Row, rows: list[Row]) -> dict[str, Any]:
-    """What is known of a row, with its ratio to the best peer among the rows."""
-    known = asdict(row) | {"to_best_peer": to_best_peer(row, rows)}
+    """What is known of a row, with its ratios to the best peer and to the bound among the rows."""
+    known = asdict(row) | {"to_best_peer": to_best_peer(row, rows), "to_bound": to_bound(row, rows)}
     return {name: value for name, value in known.items() if value not in (None, "")}
 
 
 def to_best_peer(row: Row, rows: list[Row]) -> float | None:
     """Time of one of ours over that of the fastest peer in the same case; None where there is none."""
-    peers = [
-        other.ms
-        for other in rows
-        if (other.op, other.case) == (row.op, row.case) and not other.ours and other.ms is not None
-    ]
-    return row.ms / min(peers) if row.ours and row.ms is not None and peers else None
+    return _ratio(row, [other for other in rows if not other.ours and not other.bound])
+
+
+def to_bound(row: Row, rows: list[Row]) -> float | None:
+    """The same over the lowest bound."""
+    return _ratio(row, [other for other in rows if other.bound])
+
+
+def _ratio(row: Row, others: list[Row]) -> float | None:
+    same = (other for other in others if (other.op, other.case) == (row.op, row.case))
+    times = [other.ms for other in same if other.ms is not None]
+    return row.ms / min(times) if row.ours and row.ms is not None and times else None
 
 
 def run_alone(benchmark: Callable[[Ceilings, bool], list[Row]], description: str | None) -> None:

@@ -6,7 +6,8 @@
   `cross_entropy_implementations` beside it.
 - `lora_linear`, `lora_linears`: frozen layers with adapters that share their input, and `swiglu_lora_linear`,
   the one after a gate; `choose_lora` and `lora_implementations` beside them.
-- `quantize_nf4`, `dequantize_nf4`, `nf4_linear`: weights of 4 bits an element.
+- `quantize_nf4`, `dequantize_nf4`, `nf4_linear`: weights of 4 bits an element, `choose_nf4` and
+  `nf4_implementations` beside them.
 - `rms_norm`, `rope`, `swiglu`, `geglu`: what lies between the products.
 - `segments`: where the segments of a row start and end.
 - `device`: what the device can do, and `choose`, the rule that picks an op's implementation.
@@ -35,7 +36,14 @@ from lorajax_kernels.lora import (
     lora_linears,
     swiglu_lora_linear,
 )
-from lorajax_kernels.nf4 import NF4Weight, dequantize_nf4, nf4_linear, quantize_nf4
+from lorajax_kernels.nf4 import (
+    NF4Weight,
+    choose_nf4,
+    dequantize_nf4,
+    nf4_implementations,
+    nf4_linear,
+    quantize_nf4,
+)
 
 __all__ = [
     "Adapter",
@@ -47,6 +55,7 @@ __all__ = [
     "choose_attention",
     "choose_cross_entropy",
     "choose_lora",
+    "choose_nf4",
     "cross_entropy_implementations",
     "dequantize_nf4",
     "device",
@@ -55,6 +64,7 @@ __all__ = [
     "lora_implementations",
     "lora_linear",
     "lora_linears",
+    "nf4_implementations",
     "nf4_linear",
     "quantize_nf4",
     "rms_norm",

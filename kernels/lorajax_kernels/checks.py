@@ -1,22 +1,32 @@
-"""Checked mode: the ops look at the values that they are given, not only at shapes and dtypes.
+"""What ops ask of their arguments: of dtypes and options always, of the values of arrays in checked mode.
 
     with lorajax_kernels.checked():
         attention(q, k, v, segment_ids, max_segments=8)
 
-Each look costs a transfer to the host, so it is off by default. A function that jax.jit traces in the context
-keeps its checks; one that was traced before has none.
+Each look at values costs a transfer to the host, so it is off by default. A function that jax.jit traces in
+the context keeps its checks; one that was traced before has none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+# What an op may ask of a dtype, as its message says it.
+_KINDS = {
+    "float32, bfloat16 or float16": (jnp.float32, jnp.bfloat16, jnp.float16),
+    "floating point": (jnp.floating,),
+    "integers": (jnp.integer,),
+}
+_LARGEST = float(np.finfo(np.float32).max)
 
 _active = contextvars.ContextVar("lorajax_kernels.checked", default=False)
 
@@ -34,9 +44,48 @@ def checked() -> Iterator[None]:
         _active.reset(token)
 
 
+def check_dtype(op: str, kind: str, **arrays: Any) -> None:
+    """Raise unless the dtypes are of that kind, a key of _KINDS."""
+    for name, array in arrays.items():
+        if not any(jnp.issubdtype(array.dtype, known) for known in _KINDS[kind]):
+            raise ValueError(f"{op}: {name} must be {kind}, got {array.dtype}")
+
+
+def check_not_empty(op: str, **arrays: Any) -> None:
+    """Raise for an array without elements."""
+    for name, array in arrays.items():
+        if 0 in array.shape:
+            raise ValueError(f"{op}: {name} must have no axis of length 0, got shape {array.shape}")
+
+
+def check_options(
+    op: str, *, scale: float | None = None, softcap: float | None = None, **counts: int | None
+) -> None:
+    """Raise unless scale is finite, softcap too and positive, and each count 1, 2, ...; None passes."""
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is None:
+            continue
+        if not (isinstance(number, numbers.Real) and abs(float(number)) <= _LARGEST):
+            raise ValueError(f"{op}: {name} must be a number, finite in float32, got {number}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{op}: softcap must be positive, got {softcap}")
+    for name, count in counts.items():
+        if count is None:
+            continue
+        if not isinstance(count, numbers.Integral):
+            raise ValueError(f"{op}: {name} must be an integer, got {count}")
+        if count < 1:
+            raise ValueError(f"{op}: {name} must be at least 1, got {count}")
+
+
 def check_segments(op: str, segment_ids: Int[Array, "B T"], max_segments: int | None) -> None:
     """In checked mode, raise for an id in two places of a row, and for more segments than max_segments."""
     _check(lambda ids: _wrong_segments(op, ids, max_segments), segment_ids)
+
+
+def check_lengths(op: str, lengths: Int[Array, " B"], capacity: int) -> None:
+    """In checked mode, raise for a length that is not in 1..capacity."""
+    _check(lambda lengths: _wrong_length(op, lengths, capacity), lengths)
 
 
 def check_targets(op: str, targets: Int[Array, " N"], weights: Float[Array, " N"], vocab_size: int) -> None:
@@ -70,6 +119,13 @@ def _wrong_segments(op: str, segment_ids: np.ndarray, max_segments: int | None) 
             count = f"{len(starts)} segments, more than max_segments={max_segments}"
             return f"{op}: segment_ids[{number}] has {count}"
     return None
+
+
+def _wrong_length(op: str, lengths: np.ndarray, capacity: int) -> str | None:
+    wrong = np.flatnonzero((lengths < 1) | (lengths > capacity))
+    if not len(wrong):
+        return None
+    return f"{op}: lengths[{wrong[0]}] must be in 1..{capacity}, got {lengths[wrong[0]]}"
 
 
 def _wrong_target(op: str, targets: np.ndarray, weights: np.ndarray, vocab_size: int) -> str | None:

@@ -15,7 +15,14 @@ def rms_norm(
 
     Args:
         epsilon: added to the mean square.
+
+    Raises:
+        ValueError: shapes do not fit together.
     """
+    if x.ndim < 1:
+        raise ValueError(f"rms_norm: x must be [..., D], got shape {x.shape}")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight must be [D={x.shape[-1]}] to fit x, got shape {weight.shape}")
     normed = (x.astype(jnp.float32) * inverse_rms(x, epsilon=epsilon)).astype(x.dtype)
     return (normed * weight.astype(x.dtype)).astype(x.dtype)
 
@@ -35,19 +42,36 @@ def rope(
 
     Returns:
         In x's dtype.
+
+    Raises:
+        ValueError: H is odd, or shapes do not fit together.
     """
+    if x.ndim != 4 or x.shape[3] % 2:
+        raise ValueError(f"rope: x must be [B, T, N, H] with an even H, got shape {x.shape}")
+    batch, length, _, head_dim = x.shape
+    for name, array in (("cos", cos), ("sin", sin)):
+        if array.shape != (batch, length, head_dim // 2):
+            wanted = f"[B={batch}, T={length}, H/2={head_dim // 2}]"
+            raise ValueError(f"rope: {name} must be {wanted} to fit x, got shape {array.shape}")
     cos, sin = cos[:, :, None], sin[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def swiglu(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"]) -> Float[Array, "*rows F"]:
-    """silu(gate) * up (Shazeer, 2020)."""
+    """silu(gate) * up (Shazeer, 2020); a ValueError unless they have one shape."""
+    _check_up("swiglu", gate, up)
     return jax.nn.silu(gate) * up
 
 
 def geglu(
     gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], *, approximate: bool
 ) -> Float[Array, "*rows F"]:
-    """gelu(gate) * up (Shazeer, 2020); approximate: gelu by tanh."""
+    """gelu(gate) * up (Shazeer, 2020), approximate: gelu by tanh; a ValueError unless they have one shape."""
+    _check_up("geglu", gate, up)
     return jax.nn.gelu(gate, approximate=approximate) * up
+
+
+def _check_up(op: str, gate: Array, up: Array) -> None:
+    if up.shape != gate.shape:
+        raise ValueError(f"{op}: up must have the shape of gate, {gate.shape}, got {up.shape}")

@@ -1,6 +1,10 @@
-"""Tests that need an NVIDIA GPU: `XLA_CLIENT_MEM_FRACTION=0.2 pytest -n 4 tests/gpu`.
+"""Tests that need an NVIDIA GPU: two commands, because tensors of more than 2^31 elements need most of one.
 
-Most of their time is the compiler's, so that some at once take less. A table of the figures comes last.
+    XLA_CLIENT_MEM_FRACTION=0.2 python -m pytest -n 4 tests/gpu
+    XLA_CLIENT_MEM_FRACTION=0.9 python -m pytest -n 0 tests/gpu -k 2_to_the_31
+
+Most of their time is the compiler's, so that some at once take less. The first skips what needs more memory,
+up to 70 GiB, than its share of the GPU. A table of the figures comes last.
 """
 
 from __future__ import annotations

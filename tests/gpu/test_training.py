@@ -122,7 +122,7 @@ def test_the_quickstart_learns_within_its_plan(tmp_path, figure, capsys):
     result = fit(quickstart(tmp_path / "run"))
     losses = [row["loss"] for row in result.metrics if "loss" in row]
     ratio = np.mean(losses[-10:]) / np.mean(losses[:10])
-    planned = float(re.search(r"memory +([\d.]+) GiB a device", capsys.readouterr().out)[1])
+    planned = float(re.search(r"memory +([\d.]+)G a device", capsys.readouterr().out)[1])
     figure("quickstart: loss of the last 10 steps over that of the first", f"{ratio:.3f} (<= 0.9)")
     figure("quickstart: tokens/s", f"{result.tokens_per_second:,.0f}")
     figure(

@@ -282,6 +282,45 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         attention(**arrays, **options)
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"), (("BTN", "q"), ("BTK", "q"), ("TNH", "q"), ("BN", "q"), ("K", "k"))
+)
+def test_axes_of_length_0_are_named(changed, named):
+    axes = dict(zip("BTNKH", (2, 5, 4, 2, 8), strict=True)) | dict.fromkeys(changed, 0)
+    q, k = ([axes[axis] for axis in name] for name in ("BTNH", "BTKH"))
+    with pytest.raises(ValueError, match=f"attention: {named} must have no axis of length 0, got shape"):
+        attention(jnp.zeros(q), jnp.zeros(k), jnp.zeros(k), jnp.zeros(q[:2], jnp.int32))
+
+
+WRONG_OPTIONS = (
+    ({"softcap": np.inf}, "softcap must be a number, finite in float32, got inf"),
+    ({"softcap": np.nan}, "softcap must be a number, finite in float32, got nan"),
+    ({"softcap": 1e39}, r"softcap must be a number, finite in float32, got 1e\+39"),
+    ({"softcap": 0}, "softcap must be positive, got 0"),
+    ({"scale": np.nan}, "scale must be a number, finite in float32, got nan"),
+    ({"scale": -np.inf}, "scale must be a number, finite in float32, got -inf"),
+    ({"window": 2.5}, "window must be an integer, got 2.5"),
+    ({"window": 0}, "window must be at least 1, got 0"),
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (*WRONG_OPTIONS, ({"max_segments": 2.5}, "max_segments must be an integer, got 2.5")),
+)
+def test_options_without_a_meaning_are_named(options, message):
+    q, k, v, _ = qkv(4, 2)
+    with pytest.raises(ValueError, match=f"^attention: {message}"):
+        attention(q, k, v, SEGMENT_IDS, **options)
+
+
+@pytest.mark.parametrize("implementation", ("xla", "reference"))
+def test_a_window_of_any_length_sees_all(implementation):
+    q, k, v, _ = qkv(4, 2)
+    run = functools.partial(attention, q, k, v, SEGMENT_IDS, implementation=implementation)
+    np.testing.assert_allclose(run(window=2**40), run(), rtol=1e-6, atol=1e-6)
+
+
 def test_mixed_dtypes_are_refused():
     q, k, v, _ = qkv(4, 2)
     with pytest.raises(ValueError, match="got float32, bfloat16, float32"):
@@ -311,3 +350,66 @@ def test_cached_attention_refuses_shapes_that_do_not_fit():
     q, k, v, _ = qkv(4, 2)
     with pytest.raises(ValueError, match=r"cached_attention needs q \[B, 1, N, H\]"):
         cached_attention(q, k, v, jnp.array([1, 2]))
+
+
+def cached(change, **options):
+    """cached_attention on zeros of these shapes and dtypes, but for the changes."""
+    kinds = {
+        "q": ((2, 1, 4, 8), jnp.float32),
+        "k_cache": ((2, 5, 2, 8), jnp.float32),
+        "v_cache": ((2, 5, 2, 8), jnp.float32),
+        "lengths": ((2,), jnp.int32),
+    }
+    arrays = {
+        name: jnp.zeros(change.get(name, kinds[name][0]), change.get(f"{name} dtype", kinds[name][1]))
+        for name in kinds
+    }
+    return cached_attention(**arrays, **options)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    (
+        ({"q": (2, 4, 8)}, r"got q \(2, 4, 8\)"),
+        ({"q": (2, 1, 3, 8)}, r"got q \(2, 1, 3, 8\)"),
+        ({"q": (2, 1, 4, 16)}, r"got q \(2, 1, 4, 16\)"),
+        ({"k_cache": (2, 5, 8)}, r"k_cache \(2, 5, 8\)"),
+        ({"k_cache": (3, 5, 2, 8), "v_cache": (3, 5, 2, 8)}, r"k_cache \(3, 5, 2, 8\)"),
+        ({"k_cache": (2, 5, 2, 4), "v_cache": (2, 5, 2, 4)}, r"k_cache \(2, 5, 2, 4\)"),
+        ({"v_cache": (2, 5, 2, 4)}, r"v_cache \(2, 5, 2, 4\)"),
+        ({"lengths": (2, 1)}, r"lengths \(2, 1\)"),
+        ({"q": (2, 1, 0, 8)}, r"q must have no axis of length 0, got shape \(2, 1, 0, 8\)"),
+        ({"k_cache": (2, 5, 0, 8)}, r"k_cache must have no axis of length 0, got shape \(2, 5, 0, 8\)"),
+        ({"k_cache": (2, 0, 2, 8)}, r"k_cache must have no axis of length 0, got shape \(2, 0, 2, 8\)"),
+    ),
+)
+def test_cached_attention_names_shapes_that_do_not_fit(shapes, message):
+    with pytest.raises(ValueError, match=f"cached_attention.* {message}"):
+        cached(shapes)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "kind"),
+    (
+        ("q", jnp.int32, "float32, bfloat16 or float16"),
+        ("k_cache", jnp.int8, "floating point"),
+        ("v_cache", jnp.complex64, "floating point"),
+        ("lengths", jnp.float32, "integers"),
+    ),
+)
+def test_cached_attention_names_wrong_dtypes(name, dtype, kind):
+    message = f"cached_attention: {name} must be {kind}, got {jnp.dtype(dtype)}"
+    with pytest.raises(ValueError, match=message):
+        cached({f"{name} dtype": dtype})
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG_OPTIONS)
+def test_cached_attention_names_options_without_a_meaning(options, message):
+    with pytest.raises(ValueError, match=f"cached_attention: {message}"):
+        cached({}, **options)
+
+
+def test_cached_attention_takes_a_window_of_any_length():
+    q, k, v, _ = qkv(4, 2)
+    run = functools.partial(cached_attention, q[:, :1], k, v, np.array([3, T]))
+    np.testing.assert_array_equal(run(window=2**40), run())

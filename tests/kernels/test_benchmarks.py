@@ -1,5 +1,6 @@
 """The benchmarks of the kernels: what they report, and that they run."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -58,6 +59,15 @@ def test_table_in_markdown(results, rows):
     record = {"rows": [results.as_json(row, rows) for row in [*rows, untimed]]}
     [line] = results.markdown(record).splitlines()[2:]
     assert line == "| op, case | ours 2 | 50% | 0.67 | peer 3, slow peer 4 |"
+
+
+def test_a_bound_is_no_peer(results, rows):
+    rows = [dataclasses.replace(row, bound=row.implementation == "slow peer") for row in rows]
+    ours = results.as_json(rows[0], rows)
+    assert (ours["to_best_peer"], ours["to_bound"]) == (pytest.approx(2 / 3), 0.5)
+    [title, _, line] = results.markdown({"rows": [results.as_json(row, rows) for row in rows]}).splitlines()
+    assert title.endswith("| others | to the bound |")
+    assert line == "| op, case | ours 2 | 50% | 0.67 | peer 3 | 0.50: slow peer 4 |"
 
 
 def test_a_peer_that_fails_is_reported_with_its_reason(results, rows):

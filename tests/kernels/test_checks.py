@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lorajax_kernels import attention, checked, linear_cross_entropy
+from lorajax_kernels import attention, cached_attention, checked, linear_cross_entropy
 
 Q = jnp.ones((2, 6, 2, 8), jnp.float32)
 RIGHT = np.array([[1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3]], np.int32)
@@ -47,6 +47,19 @@ def test_targets(compiled):
         message = r"targets\[2\] is -100, no index of a vocabulary of 7, and its weight is 1, not 0"
         with pytest.raises(error, match=message):
             jax.block_until_ready(run(targets, ONE))
+            jax.effects_barrier()
+
+
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
+@pytest.mark.parametrize("wrong", (0, 7))
+def test_lengths(compiled, wrong):
+    run = jax.jit(cached_attention) if compiled else cached_attention
+    error = jax.errors.JaxRuntimeError if compiled else ValueError
+    with checked():
+        jax.block_until_ready(run(Q[:, :1], Q, Q, np.array([1, 6])))
+        message = rf"cached_attention: lengths\[1\] must be in 1..6, got {wrong}"
+        with pytest.raises(error, match=message):
+            jax.block_until_ready(run(Q[:, :1], Q, Q, np.array([1, wrong])))
             jax.effects_barrier()
 
 

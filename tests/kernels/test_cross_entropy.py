@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lorajax_kernels import cross_entropy_implementations, linear_cross_entropy
+from lorajax_kernels import cross_entropy_implementations, linear_cross_entropy, quantize_nf4
 from lorajax_kernels.cross_entropy import choose_cross_entropy, default_chunk, even_chunks
 from lorajax_kernels.cross_entropy import triton as host
+from lorajax_kernels.cross_entropy.reference import reference_linear_cross_entropy
 from lorajax_kernels.cross_entropy.triton import Tiling, triton_loss_and_gradient
 from lorajax_kernels.cross_entropy.xla import xla_loss_and_gradient
 from lorajax_kernels.device import Device, Implementation
@@ -25,12 +26,8 @@ def inputs(dtype=jnp.float32, rows=N, seed=0):
     return jnp.asarray(x, dtype), jnp.asarray(head, dtype), jnp.asarray(targets), jnp.asarray(weights)
 
 
-def dense_loss(x, head, targets, weights, softcap=None):
-    logits = jnp.einsum("nd,vd->nv", x, head, precision="highest")
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    logs = jax.nn.log_softmax(logits)[jnp.arange(len(targets)), jnp.clip(targets, 0)]
-    return -jnp.sum(logs * weights)
+def dense_loss(*arrays, **options):
+    return reference_linear_cross_entropy(*arrays, **options)[0]
 
 
 def loss_and_gradients(function, x, head, targets, weights, scale=1.0):
@@ -217,12 +214,32 @@ def test_chunks_are_few_even_and_whole_tiles(rows, limit, expected):
         ({"weights": jnp.zeros((N, 1))}, r"weights must be \[N=37\] to fit x, got shape \(37, 1\)"),
         ({"targets": jnp.zeros(N)}, "targets must be integers, got float32"),
         ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"chunk": 1.5}, "chunk must be an integer, got 1.5"),
         ({"softcap": -1.0}, "softcap must be positive, got -1.0"),
+        ({"softcap": np.inf}, "softcap must be a number, finite in float32, got inf"),
+        ({"head": jnp.zeros((0, D))}, r"head must have no axis of length 0, got shape \(0, 12\)"),
+        (
+            {"x": jnp.zeros((N, 0)), "head": jnp.zeros((V, 0))},
+            r"head must have no axis of length 0, got shape \(50, 0\)",
+        ),
+        ({"head": quantize_nf4(jnp.ones((V, D)))}, r"head must be an array \[V, D\], got NF4Weight"),
+        *(
+            ({"x": jnp.zeros((N, D), dtype)}, f"x must be float32, bfloat16 or float16, got {dtype}")
+            for dtype in ("int32", "bool", "float8_e4m3fn", "complex64")
+        ),
+        *(
+            ({"head": jnp.zeros((V, D), dtype)}, f"head must be floating point, got {dtype}")
+            for dtype in ("int8", "complex64")
+        ),
+        *(
+            ({"weights": jnp.ones(N, dtype)}, f"weights must be floating point, got {dtype}")
+            for dtype in ("int32", "bool", "complex64")
+        ),
     ),
 )
 def test_arguments_that_do_not_fit_are_named(change, message):
     arguments = dict(zip(("x", "head", "targets", "weights"), inputs(), strict=True)) | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: {message}"):
         linear_cross_entropy(**arguments)
 
 

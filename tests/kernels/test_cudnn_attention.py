@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import json
 import re
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -323,3 +325,23 @@ def test_asking_for_it_on_a_cpu_raises():
     with pytest.raises(ValueError, match="'cudnn' cannot serve: packed rows need compute capability 9.0"):
         attention(q, q, q, jnp.ones((1, 8), jnp.int32), max_segments=2, implementation="cudnn")
     assert choose_attention(q, q, q, jnp.ones((1, 8), jnp.int32), max_segments=2).name == "xla"
+
+
+# --- for a GPU that is not there ---
+
+
+def recorded_workspaces():
+    """(B, T, N, K, H, segments, bytes) of kernels.py on an H200: temporary memory of both passes."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "kernels-h200.json"
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        if found := re.fullmatch(r"B(\d+) T(\d+) N(\d+) K(\d+) H(\d+), max_segments (\d+)", row["case"]):
+            megabytes = re.match(r"(\d+) MB of temporary memory", row["note"])
+            yield *map(int, found.groups()), 10**6 * int(megabytes[1])
+
+
+def test_the_workspace_is_that_of_the_kernel():
+    recorded = list(recorded_workspaces())
+    assert len(recorded) >= 5 and any(heads == kv_heads for _, _, heads, kv_heads, *_ in recorded)
+    for batch, length, heads, kv_heads, head_dim, segments, taken in recorded:
+        q, k = ((batch, length, n, head_dim) for n in (heads, kv_heads))
+        assert cudnn._workspace(batch * segments, q, k) == pytest.approx(taken, rel=0.015)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,35 @@ def test_half_precision_keeps_its_dtype(name, dtype):
     assert found.dtype == dtype
     expected = formula(*(np.asarray(x, np.float64) for x in halves))
     assert np.linalg.norm(np.asarray(found, np.float64) - expected) <= 1e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "message"),
+    (
+        ("rms_norm", ((), (8,)), r"rms_norm: x must be \[..., D\], got shape \(\)"),
+        ("rms_norm", ((4, 8), (3, 4, 8)), r"rms_norm: weight must be \[D=8\] .* got shape \(3, 4, 8\)"),
+        ("rms_norm", ((4, 8), (1,)), r"rms_norm: weight must be \[D=8\] .* got shape \(1,\)"),
+        ("rms_norm", ((4, 8), (4, 1)), r"rms_norm: weight must be \[D=8\] .* got shape \(4, 1\)"),
+        ("rms_norm", ((4, 8), ()), r"rms_norm: weight must be \[D=8\] .* got shape \(\)"),
+        ("rope", ((6, 4, 8), (6, 4, 4)), r"rope: x must be \[B, T, N, H\] .* got shape \(6, 4, 8\)"),
+        ("rope", ((2, 6, 4, 7), (2, 6, 3)), r"with an even H, got shape \(2, 6, 4, 7\)"),
+        ("swiglu", ((4, 8), (8,)), r"swiglu: up must have the shape of gate, \(4, 8\), got \(8,\)"),
+        ("swiglu", ((8,), (4, 8)), r"swiglu: up must have the shape of gate, \(8,\), got \(4, 8\)"),
+        ("geglu", ((4, 8), (3, 4, 8)), r"geglu: up must have the shape of gate, \(4, 8\), got \(3, 4, 8\)"),
+    ),
+)
+def test_shapes_that_do_not_fit_are_named(name, shapes, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(OPS[name][0], *map(jnp.zeros, shapes))
+
+
+@pytest.mark.parametrize("shape", ((2, 6, 1), (1, 6, 4), (2, 5, 4), (6, 4), (2, 6, 4, 4)))
+@pytest.mark.parametrize("name", ("cos", "sin"))
+def test_rope_refuses_angles_that_do_not_fit(name, shape):
+    angles = {"cos": jnp.zeros((2, 6, 4)), "sin": jnp.zeros((2, 6, 4))} | {name: jnp.zeros(shape)}
+    message = f"rope: {name} must be [B=2, T=6, H/2=4] to fit x, got shape {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rope(jnp.zeros((2, 6, 3, 8)), **angles)
 
 
 def test_rms_norm_of_large_halves_does_not_overflow():

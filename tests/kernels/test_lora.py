@@ -651,6 +651,30 @@ def test_layer_after_a_gate_with_nf4_equals_its_dense_weight():
     assert_close(found, dense, 1e-6)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight": jnp.zeros((8, 5))}, r"weight must be \[out, in=12\] to fit x, got shape \(8, 5\)"),
+        ({"weight": jnp.zeros((8, 12), jnp.uint8)}, "weight must be floating point, got uint8"),
+        ({"a": jnp.zeros((2, 5))}, r"a must be \[R, in=12\] to fit x, got shape \(2, 5\)"),
+        ({"b": jnp.zeros((8, 3))}, r"b must be \[out=8, R=2\] to fit a, got shape \(8, 3\)"),
+        ({"b": jnp.zeros((8, 2), int)}, "b must be floating point, got int32"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"bias": jnp.zeros(3)}, r"bias must be \[out=8\] to fit weight, got shape \(3,\)"),
+    ],
+)
+def test_one_layer_names_its_own_arguments(change, message):
+    arguments = {"weight": jnp.zeros((8, 12)), "a": jnp.zeros((2, 12)), "b": jnp.zeros((8, 2))} | change
+    with pytest.raises(ValueError, match=f"^lora_linear: {message}"):
+        lora_linear(jnp.zeros((4, 12)), **arguments)
+
+
+def test_the_layer_after_a_gate_names_its_own_arguments():
+    gate, a, b = jnp.zeros((4, 12)), jnp.zeros((2, 5)), jnp.zeros((8, 2))
+    with pytest.raises(ValueError, match=r"^swiglu_lora_linear: adapter\.a must be \[R, in=12\] to fit gate"):
+        swiglu_lora_linear(gate, gate, jnp.zeros((8, 12)), Adapter(a, b, 1.0))
+
+
 def test_gate_and_up_must_fit():
     gate, up, weight, adapter, bias = gated()
     with pytest.raises(ValueError, match=r"swiglu_lora_linear: up must be float32 of shape \(8, 5, 33\)"):

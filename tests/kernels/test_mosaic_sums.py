@@ -26,6 +26,7 @@ from lorajax_kernels.lora.mosaic import Tiling, mosaic_sum_of_products, tiling_f
 
 H100 = Device("NVIDIA H100", (9, 0), multiprocessors=132)
 SMALL = Tiling(columns=128, stages=3)
+ANYWHERE = Implementation("mosaic", lambda *_: None, gradient.XLA._replace(sums=True))
 # In a process of its own: JAX' plugin is noisy without a GPU.
 COMPILATION = """
 import jax, jax.numpy as jnp
@@ -162,8 +163,7 @@ def sums_of_mosaic(interpreter, monkeypatch):
     monkeypatch.setattr(gradient, "mosaic_sum_of_products", interpreted)
     monkeypatch.setattr(mosaic, "LEAST_USE", 0)
     monkeypatch.setattr(gradient, "tiling_for", lambda *sizes: tiling_for(*sizes, 4) and SMALL)
-    implementation = Implementation("mosaic", lambda *_: None, gradient.XLA._replace(sums=True))
-    monkeypatch.setattr("lorajax_kernels.lora._IMPLEMENTATIONS", (implementation,))
+    monkeypatch.setattr("lorajax_kernels.lora._IMPLEMENTATIONS", (ANYWHERE,))
     return given
 
 
@@ -219,6 +219,24 @@ def test_layers_that_do_not_fit_are_left_to_xla(sums_of_mosaic):
     assert sums_of_mosaic == [[64, 16], [64, 40, 16]]
     expected = outputs_and_gradients(reference_lora_linears, x, weights, adapters)
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "out, options, reason",
+    [
+        (72, {}, r"its tiles fit none of 256 x 64 \+ 8 x 72, 256 x 72 \+ 8 x 64"),
+        (64, {"arrangement": "added"}, "arrangement is 'added'"),
+    ],
+)
+def test_asked_for_by_name_it_serves_a_sum_or_says_why_not(monkeypatch, out, options, reason):
+    monkeypatch.setattr("lorajax_kernels.lora._IMPLEMENTATIONS", (ANYWHERE,))
+    x, own = normal(256, 64), adapter(8, 64, out, 0)
+    with pytest.raises(ValueError, match=f"lora_linears implementation 'mosaic' cannot serve: {reason}"):
+        lora_linears(x, [normal(out, 64)], [own], implementation="mosaic", **options)
+    # Without adapters there is no sum, and nothing is refused.
+    jax.eval_shape(
+        lambda x: lora_linears(x, [normal(out, 64)], [None], implementation="mosaic", **options), x
+    )
 
 
 def test_with_dropout_each_adapter_has_its_own_way_back(sums_of_mosaic):

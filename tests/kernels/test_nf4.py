@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from lorajax_kernels.device import Device
+from lorajax_kernels.device import Device, split_over
 from lorajax_kernels.nf4 import (
     NF4Weight,
     choose_nf4,
@@ -444,10 +444,21 @@ def test_refuses_a_state_that_is_not_whole():
 def test_refuses_what_is_no_weight():
     for w, message in (
         (jnp.zeros(64), r"w must be \[out, in\], got shape \(64,\)"),
+        (jnp.zeros((0, 64)), r"w must have no axis of length 0, got shape \(0, 64\)"),
         (jnp.zeros((2, 64), jnp.int8), "w must be float32, bfloat16 or float16, got int8"),
     ):
         with pytest.raises(ValueError, match=f"quantize_nf4: {message}"):
             quantize_nf4(w)
+        with pytest.raises(ValueError, match=f"quantize_nf4: {message}"):
+            quantize_nf4(w, double_quant=True)
+
+
+@pytest.mark.parametrize("q", (np.zeros((6, 128), np.float32), [1.0]), ids=("array", "list"))
+def test_refuses_what_is_not_in_nf4(q):
+    message = f"q must be an NF4Weight, got {type(q).__name__}"
+    for op in (dequantize_nf4, functools.partial(nf4_linear, jnp.zeros((2, 128)))):
+        with pytest.raises(ValueError, match=message):
+            op(q)
 
 
 @pytest.mark.parametrize(
@@ -488,6 +499,10 @@ def test_choice_of_implementation():
     for q, device in ((whole, cpu), (part, cpu), (part, gpu)):
         assert choose_nf4(q, device=device).name == "xla"
     assert choose_nf4(whole, implementation="triton", device=gpu).name == "triton"
+    assert choose_nf4(whole, device=gpu).name == "triton"
+    with split_over(4):
+        refused = {"triton": "XLA cannot split it over 4 devices"}
+        assert choose_nf4(whole, device=gpu) == ("xla", refused)
     with pytest.raises(ValueError, match="'triton' cannot serve: it needs a GPU"):
         choose_nf4(whole, implementation="triton", device=cpu)
     with pytest.raises(ValueError, match=r"whole blocks of 64 elements, a weight of shape \(6, 127\)"):

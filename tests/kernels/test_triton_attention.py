@@ -84,9 +84,9 @@ def assert_close(found, expected, tolerance):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "blocks", "options"),
     (
-        (2, 2, 16, WIDE, {}),
-        (4, 2, 24, TALL, {}),
-        (4, 1, 16, EVEN, {"window": 20}),
+        (3, 3, 16, WIDE, {}),
+        (9, 3, 24, TALL, {}),
+        (8, 1, 16, EVEN, {"window": 20}),
         (1, 1, 24, WIDE, {"window": 2, "softcap": 2.0}),
         (1, 1, 16, TALL, {"window": 33, "softcap": 1.0, "scale": 0.7}),
         (1, 1, 16, EVEN, {"window": 2**31 - 1, "scale": -0.3}),
@@ -126,6 +126,19 @@ def test_half_precision_is_close_to_float32_reference(interpreter, parts):
     assert {x.dtype for x in found} == {jnp.dtype(jnp.float16)}
     wide = [x.astype(jnp.float32) for x in arrays]
     assert_close(found, forward_and_gradients(dense(softcap=20.0), *wide, segment_ids), 1e-2)
+
+
+@pytest.mark.parametrize("parts", (1, 2))
+def test_gradients_of_scores_beyond_float16_do_not_overflow(interpreter, parts):
+    """dq and dk fit float16, what they are made of fits it only once it is scaled."""
+    q, k, v, dout = (x[:1] for x in qkv(2, 1, dtype=jnp.float16))
+    arrays, segment_ids, scale = (q, k, 200 * v, 200 * dout), SEGMENT_IDS[:1], 1 / 16
+    wide = [x.astype(jnp.float32) for x in arrays]
+    expected = forward_and_gradients(dense(scale=scale), *wide, segment_ids)
+    largest = max(float(jnp.abs(x).max()) for x in expected[1:])
+    assert largest < float(jnp.finfo(jnp.float16).max) < largest / scale
+    found = forward_and_gradients(fused(WIDE, parts=parts, scale=scale), *arrays, segment_ids)
+    assert_close(found, expected, 1e-2)
 
 
 @pytest.mark.parametrize("scale", (1.0, -1.0))
@@ -282,12 +295,15 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
     ("capability", "head_dim", "dtype"),
     (
         (80, 64, "bf16"),
+        (80, 80, "fp16"),
+        (80, 96, "bf16"),
         (80, 128, "bf16"),
         (80, 256, "fp16"),
         (86, 128, "fp16"),
         (89, 256, "bf16"),
         (90, 64, "fp16"),
-        (90, 96, "bf16"),
+        (90, 80, "bf16"),
+        (90, 96, "fp16"),
         (90, 128, "bf16"),
         (90, 256, "fp16"),
         (100, 256, "bf16"),
@@ -299,14 +315,20 @@ def test_the_table_compiles_to_matrix_instructions_within_memory(compile_kernel,
 
 
 @pytest.mark.parametrize("capability", (80, 90))
+def test_capped_scores_compile_likewise(compile_kernel, capability):
+    for name in ("forward", "dq", "dkv"):
+        check_compiled(compile_kernel, name, capability, 128, "bf16", softcap=30.0)
+
+
+@pytest.mark.parametrize("capability", (80, 90))
 def test_shared_out_query_heads_compile_likewise(compile_kernel, capability):
     check_compiled(compile_kernel, "dkv", capability, 128, "bf16", parts=2)
 
 
-def check_compiled(compile_kernel, name, capability, head_dim, dtype, parts=1):
+def check_compiled(compile_kernel, name, capability, head_dim, dtype, parts=1, softcap=None):
     from lorajax_kernels.attention import triton_kernels
 
-    plan = host._Plan(0.1, None, kernel_blocks(divmod(capability, 10), head_dim), parts)
+    plan = host._Plan(0.1, softcap, kernel_blocks(divmod(capability, 10), head_dim), parts)
     q, k = (jax.ShapeDtypeStruct((1, 256, heads, head_dim), jnp.bfloat16) for heads in (8, 2))
     kernel = getattr(triton_kernels, f"{name}_kernel")
     settings = host._settings(plan, getattr(plan.blocks, name), q, k)

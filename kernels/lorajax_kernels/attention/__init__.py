@@ -11,7 +11,7 @@ from lorajax_kernels.attention.cached import cached_attention
 from lorajax_kernels.attention.problem import Problem
 from lorajax_kernels.attention.reference import reference_attention
 from lorajax_kernels.attention.xla import xla_attention
-from lorajax_kernels.checks import check_segments
+from lorajax_kernels.checks import check_dtype, check_not_empty, check_options, check_segments
 from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
 
 __all__ = ["attention", "attention_implementations", "cached_attention", "choose_attention"]
@@ -29,7 +29,7 @@ _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
 def _fastest_first(problem: Problem) -> tuple[Implementation[Problem], ...]:
     """The order in which "auto" tries them.
 
-    Where rows hold one document there are no blocks to skip, and with heads of 128 cuDNN takes 9 to 14% less
+    Where rows hold one document there are no blocks to skip, and with heads of 128 cuDNN takes 8 to 15% less
     time; with heads of 64 it takes more. With five documents it is behind
     (benchmarks/results/kernels-h200.json).
     """
@@ -59,13 +59,14 @@ def attention(
 
     Args:
         q, k, v: of one dtype (float32, bfloat16 or float16); N is a multiple of K, and query heads
-            n*N/K .. (n+1)*N/K - 1 share key/value head n.
+            n*N/K .. (n+1)*N/K - 1 share key/value head n. All must be finite, padding too: what
+            a token does not see is multiplied by 0, and a NaN so reaches the other segments of its row.
         segment_ids: a segment is a maximal run of equal ids; padding is a segment like any other.
         scale: of the scores; default 1/sqrt(H).
         window: the query at t sees the keys at s with 0 <= t - s < window; default all s <= t.
         softcap: scores become softcap * tanh(scores / softcap); default none.
         max_segments: static bound on the segments of a row, for implementations that need one. What cuDNN
-            holds grows with it.
+            holds grows with it, and on a row with more segments cuDNN's output is undefined.
         implementation: a name of `attention_implementations()`, or "auto": the fastest that can serve.
 
     Returns:
@@ -75,16 +76,9 @@ def attention(
         ValueError: shapes, dtypes or options do not fit together, or the implementation is unknown or cannot
             serve.
     """
-    choice = choose_attention(
-        q,
-        k,
-        v,
-        segment_ids,
-        window=window,
-        softcap=softcap,
-        max_segments=max_segments,
-        implementation=implementation,
-    )
+    check_options("attention", scale=scale)
+    problem = _problem(q, k, v, segment_ids, window, softcap, max_segments)
+    choice = choose("attention", _fastest_first(problem), problem, implementation=implementation)
     check_segments("attention", segment_ids, max_segments)
     return function_of(_IMPLEMENTATIONS, choice.name)(
         q,
@@ -92,7 +86,7 @@ def attention(
         v,
         segment_ids,
         scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
-        window=window,
+        window=problem.window,
         softcap=softcap,
         max_segments=max_segments,
     )
@@ -141,7 +135,7 @@ def _problem(
     softcap: float | None,
     max_segments: int | None,
 ) -> Problem:
-    """The arguments as a Problem, once they are known to fit together."""
+    """The arguments as a Problem, once they are known to fit together; its window is at most T."""
     if len(q.shape) != 4:
         raise ValueError(f"attention: q must be [B, T, N, H], got shape {q.shape}")
     batch, length, heads, head_dim = q.shape
@@ -151,24 +145,21 @@ def _problem(
         )
     if v.shape != k.shape:
         raise ValueError(f"attention: v must have the shape of k, {k.shape}, got {v.shape}")
+    check_not_empty("attention", q=q, k=k)
     if heads % k.shape[2]:
         raise ValueError(f"attention: q has {heads} heads, not a multiple of the {k.shape[2]} heads of k")
     if segment_ids.shape != (batch, length):
         raise ValueError(
             f"attention: segment_ids must be [B={batch}, T={length}] to fit q, got shape {segment_ids.shape}"
         )
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"attention: segment_ids must be integers, got {segment_ids.dtype}")
+    check_dtype("attention", "integers", segment_ids=segment_ids)
     if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             "attention: q, k and v must all be float32, bfloat16 or float16, "
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    for option, value in (("window", window), ("max_segments", max_segments)):
-        if value is not None and value < 1:
-            raise ValueError(f"attention: {option} must be at least 1, got {value}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"attention: softcap must be positive, got {softcap}")
+    check_options("attention", softcap=softcap, window=window, max_segments=max_segments)
+    window = None if window is None else min(window, length)
     return Problem(
         batch, length, heads, k.shape[2], head_dim, jnp.dtype(q.dtype), window, softcap, max_segments
     )

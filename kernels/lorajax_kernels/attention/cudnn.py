@@ -168,20 +168,27 @@ def _run(options: _Options, direction: str, *arrays: Array, **settings: Any) -> 
 
 
 def _stand_in(direction: str, *arrays: Array, is_training: bool = False) -> Any:
-    """For a GPU that is not here: results, and the workspace of the backward pass.
-
-    The workspace has a row for each of M segments, and of each query head dq in float32, dk and dv in 16 bits
-    and a float32: on an H200 at B4 T3840 N32 K8 H128, with 7 segments, both passes hold 3,550,750,496 bytes.
-    """
+    """For a GPU that is not here: results, and the workspace of the backward pass."""
     q, k, v, starts, *_ = arrays
-    batch, length, heads, head_dim = q.shape
+    batch, length, heads, _ = q.shape
     places = batch * starts.shape[1]
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ((q, k, v) if direction == "bwd" else (q,))]
     if is_training:
         results.append(jax.ShapeDtypeStruct((places, heads, length), jnp.float32))
-    workspace = places * length * heads * (8 * head_dim + 4) if direction == "bwd" else 0
+    workspace = _workspace(places, q.shape, k.shape) if direction == "bwd" else 0
     size = jax.ShapeDtypeStruct((workspace,), jnp.uint8)
     return stand_in(*arrays, out_shape=[*results, size])[:-1]
+
+
+def _workspace(places: int, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> int:
+    """Bytes that the backward pass holds beside its results.
+
+    A row for each of all segments, and of each query head dq in float32 and a float32; with grouped queries
+    also dk and dv in 16 bits. A test compares it with what was recorded on an H200.
+    """
+    _, length, heads, head_dim = q_shape
+    grouped = 4 * head_dim if k_shape[2] != heads else 0
+    return places * length * heads * (4 * head_dim + grouped + 4)
 
 
 def _private() -> Any:

@@ -176,24 +176,24 @@ def dq_kernel(
     if SPLIT:
         dq = _dq_keys(
             dq, q, dout, lse, delta, k_ptr, v_ptr, query, first, lo, mid, mid, mid,
-            FACTOR, TANH_FACTOR, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K, "all",
+            SCALE, FACTOR, TANH_FACTOR, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K, "all",
         )
         dq = _dq_keys(
             dq, q, dout, lse, delta, k_ptr, v_ptr, query, first, mid, diagonal, mid, diagonal,
-            FACTOR, TANH_FACTOR, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K, "none",
+            SCALE, FACTOR, TANH_FACTOR, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K, "none",
         )
         dq = _dq_keys(
             dq, q, dout, lse, delta, k_ptr, v_ptr, query, first, diagonal, hi, hi, hi,
-            FACTOR, TANH_FACTOR, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K, "all",
+            SCALE, FACTOR, TANH_FACTOR, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K, "all",
         )
     else:
         dq = _dq_keys(
             dq, q, dout, lse, delta, k_ptr, v_ptr, query, first, lo, hi, mid, diagonal,
-            FACTOR, TANH_FACTOR, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K, "some",
+            SCALE, FACTOR, TANH_FACTOR, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K, "some",
         )
     # fmt: on
     dq_ptr = _head(dq_ptr, row, head, HEADS, HEAD_DIM)
-    _store(dq_ptr, q_start, dq * SCALE, HEADS, HEAD_DIM, BLOCK_H, BLOCK_Q)
+    _store(dq_ptr, q_start, _scaled_late(dq, q, SCALE), HEADS, HEAD_DIM, BLOCK_H, BLOCK_Q)
 
 
 @triton.jit
@@ -211,6 +211,7 @@ def _dq_keys(
     stop,
     mid,
     diagonal,
+    SCALE: tl.constexpr,
     FACTOR: tl.constexpr,
     TANH_FACTOR: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -219,7 +220,7 @@ def _dq_keys(
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dq / scale, summed over the blocks of keys from start to stop."""
+    """dq, summed over the blocks of keys from start to stop; see _rounded for its scale."""
     for k_start in tl.range(start, stop, BLOCK_K):
         k = _load(k_ptr, k_start, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K)
         v = _load(v_ptr, k_start, KV_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K)
@@ -232,7 +233,7 @@ def _dq_keys(
             p = tl.where(_visible_keys(query, first, k_start, BLOCK_K), p, 0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = _uncapped(p * (dp - delta[:, None]), z, TANH_FACTOR)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = tl.dot(_rounded(ds, k, SCALE), k, dq, input_precision="ieee")
     return dq
 
 
@@ -289,25 +290,25 @@ def dkv_kernel(
     if SPLIT:
         dk, dv = _dkv_queries(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, length, key, end, lo, diagonal, hi, hi,
-            FACTOR, TANH_FACTOR, HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_Q, "all",
+            SCALE, FACTOR, TANH_FACTOR, HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_Q, "all",
         )
         dk, dv = _dkv_queries(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, length, key, end, diagonal, mid, diagonal, mid,
-            FACTOR, TANH_FACTOR, HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_Q, "none",
+            SCALE, FACTOR, TANH_FACTOR, HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_Q, "none",
         )
         dk, dv = _dkv_queries(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, length, key, end, mid, hi, hi, hi,
-            FACTOR, TANH_FACTOR, HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_Q, "all",
+            SCALE, FACTOR, TANH_FACTOR, HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_Q, "all",
         )
     else:
         dk, dv = _dkv_queries(
             dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, length, key, end, lo, hi, diagonal, mid,
-            FACTOR, TANH_FACTOR, HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_Q, "some",
+            SCALE, FACTOR, TANH_FACTOR, HEADS, GROUP, HEAD_DIM, BLOCK_H, BLOCK_Q, "some",
         )
     # fmt: on
     dk_ptr = _head(dk_ptr, row, out_head, OUT_HEADS, HEAD_DIM)
     dv_ptr = _head(dv_ptr, row, out_head, OUT_HEADS, HEAD_DIM)
-    _store(dk_ptr, k_start, dk * SCALE, OUT_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K)
+    _store(dk_ptr, k_start, _scaled_late(dk, k, SCALE), OUT_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K)
     _store(dv_ptr, k_start, dv, OUT_HEADS, HEAD_DIM, BLOCK_H, BLOCK_K)
 
 
@@ -328,6 +329,7 @@ def _dkv_queries(
     stop,
     diagonal,
     mid,
+    SCALE: tl.constexpr,
     FACTOR: tl.constexpr,
     TANH_FACTOR: tl.constexpr,
     HEADS: tl.constexpr,
@@ -337,7 +339,7 @@ def _dkv_queries(
     BLOCK_Q: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dk / scale and dv, summed over the blocks of queries from start to stop of GROUP query heads.
+    """dk and dv, summed over the blocks of queries from start to stop of GROUP query heads; see _rounded.
 
     Scores are transposed, [BLOCK_K, BLOCK_Q]: probabilities and their gradients are then left operands of the
     products that follow, which may stay in registers.
@@ -361,7 +363,7 @@ def _dkv_queries(
             p = tl.where(_visible_queries(key, end, q_start, BLOCK_Q), p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         ds = _uncapped(p * (dp - delta[None, :]), z, TANH_FACTOR)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dk = tl.dot(_rounded(ds, q, SCALE), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -422,6 +424,24 @@ def _uncapped(ds, z, TANH_FACTOR: tl.constexpr):
         return ds
     else:
         return ds * (1.0 - z * z)
+
+
+@triton.jit
+def _rounded(ds, like, SCALE: tl.constexpr):
+    """ds as an operand. float16 may have no room for what is not scaled yet; else the sum is scaled, once."""
+    if like.dtype == tl.float16:
+        return (ds * SCALE).to(like.dtype)
+    else:
+        return ds.to(like.dtype)
+
+
+@triton.jit
+def _scaled_late(total, like, SCALE: tl.constexpr):
+    """The sum of products with _rounded's results, scaled."""
+    if like.dtype == tl.float16:
+        return total
+    else:
+        return total * SCALE
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lorajax_kernels.checks import check_targets
+from lorajax_kernels.checks import check_dtype, check_not_empty, check_options, check_targets
 from lorajax_kernels.cross_entropy import triton
 from lorajax_kernels.cross_entropy.xla import capped, losses, xla_loss_and_gradient
 from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
@@ -86,8 +86,8 @@ def linear_cross_entropy(
     differentiation the forward pass makes dx, in x's dtype, as its only residual; without it, only the loss.
 
     Args:
-        x: activations after the final norm. Logits have float32 sums and are kept as bfloat16 if x is, as
-            float32 otherwise.
+        x: activations after the final norm, float32, bfloat16 or float16. Logits have float32 sums and are
+            kept as bfloat16 if x is, as float32 otherwise.
         head: one row for each token of the vocabulary.
         targets: index into the vocabulary, 0..V-1. Any other under a weight that is not 0 makes the loss NaN.
         weights: of each row, usually 0 or 1.
@@ -102,8 +102,8 @@ def linear_cross_entropy(
         (loss_sum, weight_sum), float32 scalars.
 
     Raises:
-        ValueError: shapes do not fit together, chunk or softcap is not positive, or the implementation is
-            unknown or cannot serve.
+        ValueError: shapes or dtypes do not fit together, V or D is 0, head is no array, chunk or softcap is
+            not positive, or the implementation is unknown or cannot serve.
     """
     _check(x, head, targets, weights, softcap, chunk)
     check_targets("linear_cross_entropy", targets, weights, head.shape[0])
@@ -218,18 +218,19 @@ def _split(plan: _Plan, x: Array, targets: Array, weights: Array) -> tuple[Array
 
 
 def _check(x: Array, head: Array, targets: Array, weights: Array, softcap: float | None, chunk: int | None):
+    if not hasattr(head, "ndim"):
+        raise ValueError(f"linear_cross_entropy: head must be an array [V, D], got {type(head).__name__}")
     if x.ndim != 2 or head.ndim != 2 or x.shape[1] != head.shape[1]:
         raise ValueError(
             f"linear_cross_entropy: x must be [N, D] and head [V, D], got shapes {x.shape} and {head.shape}"
         )
+    check_not_empty("linear_cross_entropy", head=head)
     for name, rows in (("targets", targets), ("weights", weights)):
         if rows.shape != x.shape[:1]:
             raise ValueError(
                 f"linear_cross_entropy: {name} must be [N={x.shape[0]}] to fit x, got shape {rows.shape}"
             )
-    if not jnp.issubdtype(targets.dtype, jnp.integer):
-        raise ValueError(f"linear_cross_entropy: targets must be integers, got {targets.dtype}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"linear_cross_entropy: chunk must be at least 1, got {chunk}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"linear_cross_entropy: softcap must be positive, got {softcap}")
+    check_dtype("linear_cross_entropy", "float32, bfloat16 or float16", x=x)
+    check_dtype("linear_cross_entropy", "floating point", head=head, weights=weights)
+    check_dtype("linear_cross_entropy", "integers", targets=targets)
+    check_options("linear_cross_entropy", softcap=softcap, chunk=chunk)

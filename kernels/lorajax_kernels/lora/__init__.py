@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lorajax_kernels.checks import check_dtype
 from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
 from lorajax_kernels.lora import gradient, mosaic, triton
 from lorajax_kernels.lora.operands import Adapter
@@ -33,6 +35,22 @@ class Problem:
 
     dtype: jnp.dtype
     rank: int
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What an op calls its arguments; {} is the number of a layer."""
+
+    op: str
+    x: str = "x"
+    weight: str = "weights[{}]"
+    adapter: str = "adapters[{}]."
+    bias: str = "biases[{}]"
+
+
+_LINEARS = _Names("lora_linears")
+_LINEAR = _Names("lora_linear", weight="weight", adapter="", bias="bias")
+_GATED = _Names("swiglu_lora_linear", x="gate", weight="weight", adapter="adapter.", bias="bias")
 
 
 # How the small products of adapters, and sums of products, are made. "auto" takes the first that can serve.
@@ -82,15 +100,9 @@ def lora_linear(
     implementation: str = "auto",
 ) -> Float[Array, "*rows out"]:
     """x weight^T + bias + scale * dropout(x) a^T b^T: `lora_linears` of one layer."""
-    adapters = [Adapter(a, b, scale, dropout, key)]
-    return lora_linears(
-        x,
-        [weight],
-        adapters,
-        biases=[bias],
-        trainable_bias=trainable_bias,
-        arrangement=arrangement,
-        implementation=implementation,
+    adapter = Adapter(a, b, scale, dropout, key)
+    return _linears(
+        _LINEAR, x, [weight], [adapter], [bias], None, trainable_bias, arrangement, implementation
     )[0]
 
 
@@ -130,7 +142,8 @@ def lora_linears(
             [W, scale * b]; "added": two GEMMs; "auto": one accumulator for both where the implementation is
             "mosaic" and sizes allow it, otherwise what moves less memory, in either pass.
         implementation: a name of `lora_implementations()`, or "auto": the first of them that can serve.
-            "triton" has kernels for the adapters' products, "mosaic" for their sums with the frozen ones too.
+            "triton" has kernels for the adapters' products, "mosaic" for their sums with the frozen ones too,
+            where sizes allow it.
 
     Returns:
         One output a layer, in x's dtype.
@@ -139,15 +152,8 @@ def lora_linears(
         ValueError: shapes, dtypes or options do not fit together, or the implementation is unknown or cannot
             serve.
     """
-    weights, adapters = tuple(weights), tuple(adapters)
-    biases = (None,) * len(weights) if biases is None else tuple(biases)
-    _check(x, weights, adapters, biases, arrangement)
-    norm_weight, epsilon = (None, 0.0) if norm is None else norm
-    if norm_weight is not None and norm_weight.shape != (x.shape[-1],):
-        raise ValueError(f"lora_linears: norm must be of [in={x.shape[-1]}], got shape {norm_weight.shape}")
-    options = gradient.Options(arrangement, trainable_bias, _kernels(x, adapters, implementation), epsilon)
-    ys = gradient.apply(options, x.reshape(-1, x.shape[-1]), norm_weight, weights, adapters, biases)
-    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+    biases = (None,) * len(weights) if biases is None else biases
+    return _linears(_LINEARS, x, weights, adapters, biases, norm, trainable_bias, arrangement, implementation)
 
 
 def swiglu_lora_linear(
@@ -180,60 +186,109 @@ def swiglu_lora_linear(
             f"swiglu_lora_linear: up must be {gate.dtype} of shape {gate.shape} to fit gate, "
             f"got {up.dtype} of shape {up.shape}"
         )
-    _check(gate, (weight,), (adapter,), (bias,), arrangement)
-    options = gradient.Options(arrangement, trainable_bias, _kernels(gate, (adapter,), implementation))
+    _check(_GATED, gate, (weight,), (adapter,), (bias,), arrangement)
+    options = _options(_GATED.op, gate, (weight,), (adapter,), trainable_bias, arrangement, implementation)
     flat = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
     y = gradient.apply_gated(options, *flat, weight, adapter, bias)
     return y.reshape(*gate.shape[:-1], y.shape[-1])
 
 
-def _kernels(x: Array, adapters: Sequence[Adapter | None], implementation: str) -> gradient.Kernels:
+def _linears(
+    names: _Names,
+    x: Array,
+    weights: Sequence[gradient.Weight],
+    adapters: Sequence[Adapter | None],
+    biases: Sequence[Array | None],
+    norm: tuple[Array, float] | None,
+    trainable_bias: bool,
+    arrangement: str,
+    implementation: str,
+) -> tuple[Array, ...]:
+    weights, adapters, biases = tuple(weights), tuple(adapters), tuple(biases)
+    _check(names, x, weights, adapters, biases, arrangement)
+    weight, epsilon = (None, 0.0) if norm is None else norm
+    if weight is not None and weight.shape != (x.shape[-1],):
+        raise ValueError(f"{names.op}: norm must be of [in={x.shape[-1]}], got shape {weight.shape}")
+    options = _options(names.op, x, weights, adapters, trainable_bias, arrangement, implementation, epsilon)
+    ys = gradient.apply(options, x.reshape(-1, x.shape[-1]), weight, weights, adapters, biases)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def _options(
+    op: str,
+    x: Array,
+    weights: gradient.Weights,
+    adapters: gradient.Adapters,
+    trainable_bias: bool,
+    arrangement: str,
+    implementation: str,
+    epsilon: float = 0.0,
+) -> gradient.Options:
     rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
     choice = choose_lora(x.dtype, rank, implementation=implementation)
     # No rows are no programs for a kernel.
-    return function_of(_IMPLEMENTATIONS, choice.name) if x.size else gradient.XLA
+    kernels = function_of(_IMPLEMENTATIONS, choice.name) if x.size else gradient.XLA
+    options = gradient.Options(arrangement, trainable_bias, kernels, epsilon)
+    if implementation == "mosaic" and x.size:
+        sums = gradient.sums_of(options, math.prod(x.shape[:-1]), weights, adapters)
+        if sums and not any(tiling for _, tiling in sums):
+            sizes = ", ".join(f"{rows} x {' + '.join(map(str, ks))} x {out}" for (rows, out, ks), _ in sums)
+            reason = (
+                f"arrangement is {arrangement!r}"
+                if arrangement != "auto"
+                else f"its tiles fit none of {sizes}"
+            )
+            raise ValueError(f"{op} implementation 'mosaic' cannot serve: {reason}")
+    return options
 
 
 def _check(
+    names: _Names,
     x: Array,
     weights: gradient.Weights,
     adapters: gradient.Adapters,
     biases: gradient.Biases,
     arrangement: str,
 ) -> None:
+    op = names.op
     if x.ndim < 1 or x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         got = f"{x.dtype} of shape {x.shape}"
-        raise ValueError(f"lora_linears: x must be [..., in] in float32, bfloat16 or float16, got {got}")
+        raise ValueError(f"{op}: {names.x} must be [..., in] in float32, bfloat16 or float16, got {got}")
     for name, given in (("adapters", adapters), ("biases", biases)):
         if len(given) != len(weights):
             raise ValueError(
-                f"lora_linears: {name} must be one for each of the {len(weights)} weights, got {len(given)}"
+                f"{op}: {name} must be one for each of the {len(weights)} weights, got {len(given)}"
             )
     if arrangement not in ARRANGEMENTS:
         known = ", ".join(ARRANGEMENTS)
-        raise ValueError(f"lora_linears: unknown arrangement {arrangement!r}; known: {known}")
+        raise ValueError(f"{op}: unknown arrangement {arrangement!r}; known: {known}")
     if not weights:
-        raise ValueError("lora_linears: weights must hold at least one, got none")
+        raise ValueError(f"{op}: weights must hold at least one, got none")
     width = x.shape[-1]
     for i, (weight, adapter, bias) in enumerate(zip(weights, adapters, biases, strict=True)):
+        name = names.weight.format(i)
         if len(weight.shape) != 2 or weight.shape[1] != width:
             raise ValueError(
-                f"lora_linears: weights[{i}] must be [out, in={width}] to fit x, got shape {weight.shape}"
+                f"{op}: {name} must be [out, in={width}] to fit {names.x}, got shape {weight.shape}"
             )
+        check_dtype(op, "floating point", **{name: weight})
         out = weight.shape[0]
         if adapter is not None:
-            _check_adapter(f"lora_linears: adapters[{i}]", adapter, width, out)
-        if bias is not None and bias.shape != (out,):
-            raise ValueError(
-                f"lora_linears: biases[{i}] must be [out={out}] to fit weights[{i}], got shape {bias.shape}"
-            )
+            _check_adapter(op, names.adapter.format(i), adapter, names.x, width, out)
+        if bias is not None:
+            own = names.bias.format(i)
+            if bias.shape != (out,):
+                raise ValueError(f"{op}: {own} must be [out={out}] to fit {name}, got shape {bias.shape}")
+            check_dtype(op, "floating point", **{own: bias})
 
 
-def _check_adapter(where: str, adapter: Adapter, width: int, out: int) -> None:
+def _check_adapter(op: str, name: str, adapter: Adapter, x: str, width: int, out: int) -> None:
     a, b, dropout = adapter.a, adapter.b, adapter.dropout
+    where = f"{op}: {name}"
     if a.ndim != 2 or a.shape[1] != width:
-        raise ValueError(f"{where}.a must be [R, in={width}] to fit x, got shape {a.shape}")
+        raise ValueError(f"{where}a must be [R, in={width}] to fit {x}, got shape {a.shape}")
     if b.shape != (out, adapter.rank):
-        raise ValueError(f"{where}.b must be [out={out}, R={adapter.rank}] to fit a, got shape {b.shape}")
+        raise ValueError(f"{where}b must be [out={out}, R={adapter.rank}] to fit a, got shape {b.shape}")
+    check_dtype(op, "floating point", **{f"{name}a": a, f"{name}b": b})
     if not 0 <= dropout < 1:
-        raise ValueError(f"{where}.dropout must be at least 0 and below 1, got {dropout}")
+        raise ValueError(f"{where}dropout must be at least 0 and below 1, got {dropout}")

@@ -83,7 +83,7 @@ class Options:
     Attributes:
         arrangement: one of ARRANGEMENTS.
         trainable_bias: whether biases have gradients.
-        kernels: what makes the small products.
+        kernels: what makes the small products, and whether sums are Mosaic's.
         epsilon: of the norm, where there is one.
     """
 
@@ -238,6 +238,25 @@ def _in_columns(adapter: Adapter, own: slice, window: slice, dtype: jnp.dtype) -
     """scale B in the columns of u that are its own, and zeros in the others of the window."""
     b = scaled(adapter.b, adapter.scale, dtype)
     return jnp.pad(b, ((0, 0), (own.start - window.start, window.stop - own.stop)))
+
+
+def sums_of(
+    options: Options, rows: int, weights: Weights, adapters: Adapters
+) -> list[tuple[tuple[int, int, list[int]], Tiling | None]]:
+    """The sums of products of both passes: (rows, out, ks), and the tiling of those that are Mosaic's."""
+    present, columns = _present(adapters), _columns(adapters)
+    width, inner = _width(options, present), weights[0].shape[1]
+    sizes = []
+    for weight, adapter, own in zip(weights, adapters, columns, strict=True):
+        if adapter is not None:
+            window = _window(own, width)
+            sizes.append((rows, weight.shape[0], [inner, window.stop - window.start]))
+    back = [weight.shape[0] for weight in weights]
+    if present and not any(adapter.drops for adapter in present):
+        back.append(width)
+    if len(back) > 1:
+        sizes.append((rows, inner, back))
+    return [(each, _tiling(options, *each)) for each in sizes]
 
 
 def _tiling(options: Options, rows: int, out: int, ks: Sequence[int]) -> Tiling | None:

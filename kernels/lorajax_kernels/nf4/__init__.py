@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from lorajax_kernels.checks import check_not_empty
 from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
 from lorajax_kernels.nf4 import triton
 from lorajax_kernels.nf4.reference import BLOCK, CODE, DYNAMIC_CODE, GROUP, reference_dequantize
@@ -128,7 +129,7 @@ class Problem:
 
 # "auto" takes the first that can serve: the fastest first, as measured.
 _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
-    Implementation("triton", triton.why_not, triton.triton_dequantize),
+    Implementation("triton", triton.why_not, triton.triton_dequantize, splits=False),
     Implementation("xla", anywhere, xla_dequantize),
     Implementation("reference", anywhere, reference_dequantize),
 )
@@ -159,8 +160,8 @@ def choose_nf4(
     Raises:
         ValueError: as in dequantize_nf4.
     """
-    problem = Problem(q.shape, _output_dtype(q, dtype))
     _check("dequantize_nf4", q)
+    problem = Problem(q.shape, _output_dtype(q, dtype))
     return choose("dequantize_nf4", _IMPLEMENTATIONS, problem, implementation=implementation, device=device)
 
 
@@ -173,11 +174,12 @@ def quantize_nf4(w: Float[Array, "out in"], double_quant: bool = False) -> NF4We
             be 2 ulp from bitsandbytes', whose sum is as inexact; given the offset, all else is equal.
 
     Raises:
-        ValueError: w is not [out, in], or has another dtype.
+        ValueError: w is not [out, in], is empty, or has another dtype.
     """
     w = jnp.asarray(w)
     if w.ndim != 2:
         raise ValueError(f"quantize_nf4: w must be [out, in], got shape {w.shape}")
+    check_not_empty("quantize_nf4", w=w)
     if w.dtype not in _DTYPES:
         raise ValueError(f"quantize_nf4: w must be float32, bfloat16 or float16, got {w.dtype}")
     out_features, in_features = w.shape
@@ -197,8 +199,8 @@ def dequantize_nf4(
         implementation: a name of `nf4_implementations()`, or "auto": the first of them that can serve.
 
     Raises:
-        ValueError: an array of q has the wrong shape or dtype, dtype is none of these, or the implementation
-            is unknown or cannot serve.
+        ValueError: q is no NF4Weight, an array of it has the wrong shape or dtype, dtype is none of these, or
+            the implementation is unknown or cannot serve.
     """
     choice = choose_nf4(q, dtype, implementation=implementation)
     return function_of(_IMPLEMENTATIONS, choice.name)(q, _output_dtype(q, dtype))
@@ -218,6 +220,7 @@ def nf4_linear(
     Raises:
         ValueError: x does not fit q, or as in dequantize_nf4.
     """
+    _check("nf4_linear", q)
     if x.ndim < 1 or x.shape[-1] != q.shape[1]:
         raise ValueError(f"nf4_linear: x must be [..., in={q.shape[1]}] to fit q, got shape {x.shape}")
     return _linear(implementation, x, q)
@@ -258,7 +261,9 @@ def _output_dtype(q: NF4Weight, dtype: Any) -> jnp.dtype:
 
 
 def _check(op: str, q: NF4Weight) -> None:
-    """Raise unless the arrays fit the shape and one another."""
+    """Raise unless it is an NF4Weight whose arrays fit its shape and one another."""
+    if not isinstance(q, NF4Weight):
+        raise ValueError(f"{op}: q must be an NF4Weight, got {type(q).__name__}")
     size = math.prod(q.shape)
     blocks = -(-size // BLOCK)
     expected: dict[str, tuple[Any, tuple[int, ...]]] = {

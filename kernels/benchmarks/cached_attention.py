@@ -1,0 +1,68 @@
+"""Attention of one new token a row over its cache, against the speed of a copy.
+
+    python kernels/benchmarks/cached_attention.py [--tiny]
+
+Random data. The work is the bytes that must be moved: both caches, which are full, and the queries read, and
+the output written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from lorajax_kernels import cached_attention
+from results import Ceilings, Row, Work, measure_case, run_alone, temporary_memory
+
+
+@dataclass(frozen=True)
+class Case:
+    """B rows of S tokens, N query heads on K key heads of H."""
+
+    batch: int
+    capacity: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"B{self.batch} S{self.capacity} N{self.heads} K{self.kv_heads} H{self.head_dim}"
+
+    def arrays(self, dtype: str) -> list[jax.Array]:
+        """q and both caches."""
+        cache = (self.batch, self.capacity, self.kv_heads, self.head_dim)
+        shapes = ((self.batch, 1, self.heads, self.head_dim), cache, cache)
+        keys = jax.random.split(jax.random.key(0), 3)
+        return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+CASES = (Case(32, 8192, 32, 8, 128), Case(32, 8192, 32, 8, 64))
+TINY = (Case(2, 64, 4, 2, 16),)
+
+
+def benchmark(ceilings: Ceilings, tiny: bool) -> list[Row]:
+    rows: list[Row] = []
+    for case in TINY if tiny else CASES:
+        rows += _measure(case, ceilings, rounds=3 if tiny else 9)
+    return rows
+
+
+def _measure(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
+    q, k, v = case.arrays(ceilings.half)
+    arguments = q, k, v, jnp.full(case.batch, case.capacity, jnp.int32)
+    compiled = jax.jit(cached_attention).lower(*arguments).compile()
+    return measure_case(
+        "cached_attention",
+        str(case),
+        Work(2 * q.nbytes + k.nbytes + v.nbytes, "bytes"),
+        ceilings,
+        {"xla": lambda: lambda: compiled(*arguments)},
+        ours=("xla",),
+        rounds=rounds,
+        notes={"xla": temporary_memory(compiled)},
+    )
+
+
+if __name__ == "__main__":
+    run_alone(benchmark, __doc__)
