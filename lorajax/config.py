@@ -25,7 +25,7 @@ import yaml
 
 from lorajax.errors import UserError
 from lorajax.lora.config import LoRAConfig
-from lorajax.memory.policy import MADE_IN_CHUNKS, Policy
+from lorajax.memory.policy import ACTIONS, MADE_IN_CHUNKS, PRESETS, Policy
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class MemoryConfig:
     checkpointing: str | dict[str, str] = "auto"
     """What layers keep for the backward pass: auto (chosen for the memory that there is), none (all that has
     a name), full (only each layer's input), offload (those in host memory, and gradients that are no larger),
-    or by the name of an activation: save, offload or recompute, and gradient: offload."""
+    or by the name of an activation: save, offload or recompute, and gradient: offload. Activations are
+    block_input, query, key, value, attention_output, attention_lse, block_middle, gate, up, lora_hidden."""
     mlp_chunks: int | None = None
     """Parts of a row's tokens that an MLP takes one after the other, for very long rows; null: chosen too
     with auto, otherwise 1. With more than 1 it keeps neither gate nor up."""
@@ -185,6 +186,7 @@ _REQUIRED = [
     if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 ]
 _FLAGS = ("help", "dry-run")
+_SIZES = ("memory.budget", "memory.host_budget")
 
 _PATHS = ("data.chat_template", "data.cache_dir", "train.resume_from_checkpoint", "output.output_dir")
 _PATHS_OR_HUB_IDS = ("model.path", "model.tokenizer", "data.path", "data.eval_path")
@@ -211,7 +213,11 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Sequence[
 
 
 def parse_arguments(
-    argv: Sequence[str], *, prog: str = "python -m lorajax.train", description: str | None = None
+    argv: Sequence[str],
+    *,
+    prog: str = "python -m lorajax.train",
+    description: str | None = None,
+    own_flags: Sequence[str] = (),
 ) -> tuple[Config, Arguments]:
     """Reads a command line `[CONFIG.yaml] [--section.key VALUE ...] [--dry-run]`.
 
@@ -219,6 +225,7 @@ def parse_arguments(
         argv: the arguments without the program's name.
         prog: the command, as `--help` shows it.
         description: what the command does, for `--help`.
+        own_flags: names of flags that the command itself takes out of argv; a misspelt one is left there.
 
     Raises:
         UserError: as load_config.
@@ -227,7 +234,8 @@ def parse_arguments(
     parser = _parser(prog, description)
     flags = {token[2:].split("=")[0].removesuffix("+") for token in argv if token.startswith("--")}
     overridden = {".".join(flag.split(".")[:2]) for flag in flags}
-    _refuse_unknown({key: "command line" for key in sorted(overridden.difference(_FLAGS))})
+    unknown = {key: "command line" for key in sorted(overridden.difference(_FLAGS))}
+    _refuse_unknown(unknown, (*_FLAGS, *own_flags))
 
     blank = jsonargparse.Namespace()
     for key in _REQUIRED:
@@ -258,7 +266,7 @@ def parse_arguments(
     else:
         problems = list(_problems(config))
     if problems:
-        raise UserError("\n".join(f"{where(problem.split()[0])}: {problem}" for problem in problems))
+        raise UserError("\n".join(f"{where(_key_of(problem))}: {problem}" for problem in problems))
     return config, Arguments(dry_run=given.dry_run)
 
 
@@ -366,30 +374,39 @@ def _problems(config: Config) -> Iterator[str]:
         yield "output.overwrite_output_dir deletes what train.resume_from_checkpoint needs; keep one"
 
 
+def _key_of(problem: str) -> str:
+    """The key that a sentence of `_problems` starts with."""
+    found = re.match(r"[\w.]+", problem)
+    return found[0] if found else ""
+
+
 def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
-    for key in ("budget", "host_budget"):
-        if (text := getattr(memory, key)) is not None:
+    for key in _SIZES:
+        if (text := getattr(memory, key.partition(".")[2])) is not None:
             try:
                 parse_size(text)
             except ValueError as error:
-                yield f"memory.{key} {error}"
+                yield f"{key} {error}"
     if memory.mlp_chunks is not None and memory.mlp_chunks < 1:
         yield f"memory.mlp_chunks must be at least 1, not {memory.mlp_chunks}"
     if (memory.mlp_chunks or 1) > 1 and isinstance(memory.checkpointing, dict):
         for name in MADE_IN_CHUNKS:
             if memory.checkpointing.get(name, "recompute") != "recompute":
                 yield f"memory.checkpointing keeps {name}, which an MLP in memory.mlp_chunks makes again"
-    if memory.checkpointing != "auto":
-        try:
-            Policy.of(memory.checkpointing, 1)
-        except ValueError as error:
+    if isinstance(memory.checkpointing, str):
+        if memory.checkpointing not in (known := ("auto", *PRESETS)):
             yield (
-                f"memory.checkpointing: {error}, or auto"
-                if isinstance(memory.checkpointing, str)
-                else f"memory.checkpointing: {error}"
+                f"memory.checkpointing must be one of {_listed(known)}, or a mapping from activations to "
+                f"{_listed(ACTIONS)}, not {memory.checkpointing!r}"
             )
+        return
+    try:
+        Policy.of(memory.checkpointing, 1)
+    except ValueError as error:
+        yield f"memory.checkpointing: {error}"
 
 
+_A_SIZE = "a size with its unit, such as 24GiB"
 _SIZE_UNITS = {unit: 1024**power for power, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))} | {
     unit: 1000**power for power, unit in enumerate(("KB", "MB", "GB", "TB"), start=1)
 }
@@ -408,7 +425,7 @@ def parse_size(text: str) -> int:
             raise ValueError
         return int(float(found[1]) * units[found[2].lower()])
     except (ValueError, OverflowError):
-        raise ValueError(f"must be a size such as 24GiB, not {text!r}") from None
+        raise ValueError(f"must be {_A_SIZE}, not {text!r}") from None
 
 
 def as_plain(config: Config) -> dict[str, dict[str, Any]]:
@@ -564,7 +581,8 @@ def _checked(
         value = _shown(values[section][name])
     else:
         value = _shown(re.split(r"(?:Got|Given) value: ", message)[-1])
-    raise UserError(f"{where(key)}: {key} must be {_expected(_TYPES[key])}, not {value}")
+    expected = _A_SIZE if key in _SIZES else _expected(_TYPES[key])
+    raise UserError(f"{where(key)}: {key} must be {expected}, not {value}")
 
 
 def _refuse_null(values: Any, where: Callable[[str], str]) -> None:
@@ -597,10 +615,10 @@ def _expected(hint: Any) -> str:
     return f"a list of {_expected(inner[0])}"
 
 
-def _refuse_unknown(places: dict[str, str]) -> None:
-    """Raises for the keys (key -> where it was written) that no section has."""
+def _refuse_unknown(places: dict[str, str], flags: Sequence[str] = ()) -> None:
+    """Raises for the keys (key -> where it was written) that no section has; some may be misspelt flags."""
     unknown = [
-        f"{place}: unknown key {key}; {_suggestion(key)}"
+        f"{place}: unknown key {key}; {_suggestion(key, flags)}"
         for key, place in places.items()
         if key not in _FIELDS
     ]
@@ -608,7 +626,7 @@ def _refuse_unknown(places: dict[str, str]) -> None:
         raise UserError("\n".join(unknown))
 
 
-def _suggestion(key: str) -> str:
+def _suggestion(key: str, flags: Sequence[str]) -> str:
     """The valid key nearest to an unknown one: the same name in another section first, then a similar one."""
     section, _, name = key.rpartition(".")
     if key in _SECTIONS:
@@ -618,8 +636,8 @@ def _suggestion(key: str) -> str:
         return f"did you mean {' or '.join(moved)}?"
     if near := difflib.get_close_matches(name, own, n=1):
         return f"did you mean {section}.{near[0]}?"
-    if not section and (near := difflib.get_close_matches(name, [*_SECTIONS, *_FLAGS], n=1)):
-        return f"did you mean {'--' if near[0] in _FLAGS else ''}{near[0]}?"
+    if not section and (near := difflib.get_close_matches(name, [*_SECTIONS, *flags], n=1)):
+        return f"did you mean {'--' if near[0] in flags else ''}{near[0]}?"
     if near := difflib.get_close_matches(name, [valid.split(".")[1] for valid in _FIELDS], n=1):
         return f"did you mean {next(valid for valid in _FIELDS if valid.endswith(f'.{near[0]}'))}?"
     if own:

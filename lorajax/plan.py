@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from lorajax.command import run_command
 from lorajax.config import parse_arguments
 
+_FLAGS = ("device", "budget", "plot", "estimate")
 _USAGE = (
     "%(prog)s CONFIG.yaml [--device NAME] [--budget SIZE] [--plot FILE] [--estimate] "
     "[--section.key VALUE ...]"
@@ -35,13 +36,20 @@ def main(argv: Sequence[str]) -> int:
     own, rest = parser.parse_known_args(argv)
     if own.budget is not None:
         rest.append(f"--memory.budget={own.budget}")
-    config, _ = parse_arguments(rest, prog=parser.prog)
+    config, _ = parse_arguments(rest, prog=parser.prog, own_flags=_FLAGS)
     if own.device != "auto":
         # Nothing runs here, and without a GPU JAX' CUDA plugin complains of what it lacks.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from lorajax.training.planning import plan_memory  # takes seconds to import: mistakes answer at once
+    # These take seconds to import: mistakes answer at once.
+    from lorajax.memory.plan import Plan, check_picture
+    from lorajax.training.planning import plan_memory
 
-    plan = plan_memory(config, own.device, compiles=not own.estimate)
+    def estimated(plan: Plan) -> None:
+        print(f"Estimated, before it is compiled:\n{plan.table()}\n\nCompiled:", flush=True)
+
+    if own.plot:
+        check_picture(own.plot)
+    plan = plan_memory(config, own.device, compiles=not own.estimate, estimated=estimated)
     print(f"{plan.table()}\n\nWhat else there is:\n{plan.frontier()}")
     if own.plot:
         plan.plot(own.plot)

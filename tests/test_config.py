@@ -22,6 +22,7 @@ from lorajax.config import (
 )
 from lorajax.errors import UserError
 from lorajax.lora.config import LoRAConfig
+from lorajax.memory.policy import ACTIONS, ACTIVATIONS, PRESETS
 
 MINIMAL = """\
 model:
@@ -163,6 +164,8 @@ def test_help_lists_every_key_with_its_meaning(capsys):
             described = text.partition(f"--{section.name}.{key.name} ")[2].partition("(type: ")[0]
             assert len(described.split()) > 4, key.name
     assert "Highest learning rate of AdamW. (type: float, default: 0.0002)" in text
+    described = text.partition("--memory.checkpointing ")[2].partition("(type: ")[0]
+    assert all(name in described for name in ("auto", *PRESETS, *ACTIONS, *ACTIVATIONS))
 
 
 # --- paths ---
@@ -349,12 +352,37 @@ def test_unknown_flag(tmp_path, flag, expected):
     assert message(tmp_path, MINIMAL, flag) == expected
 
 
+def test_a_misspelt_flag_of_the_command_itself(tmp_path):
+    def refused(flag):
+        with pytest.raises(UserError) as error:
+            parse_arguments([str(write(tmp_path, MINIMAL)), flag, "h200"], own_flags=("device", "plot"))
+        return str(error.value)
+
+    assert refused("--devise") == "command line: unknown key devise; did you mean --device?"
+    assert refused("--dryrun").endswith("did you mean --dry-run?")
+    assert "did you mean" not in message(tmp_path, MINIMAL, "--devise=h200")
+
+
+def test_a_flag_is_no_key_of_a_file(tmp_path):
+    assert "did you mean" not in message(tmp_path, MINIMAL + "dry_run: true\n")
+
+
 # --- types ---
 
 
 @pytest.mark.parametrize(
     ("section", "line", "expected"),
     [
+        (
+            "memory",
+            "budget: 24",
+            "run.yaml:8: memory.budget must be a size with its unit, such as 24GiB, not 24",
+        ),
+        (
+            "memory",
+            "host_budget: 1.5",
+            "8: memory.host_budget must be a size with its unit, such as 24GiB, not",
+        ),
         ("train", "learning_rate: fast", "run.yaml:8: train.learning_rate must be a number, not 'fast'"),
         ("train", "max_steps: 1.5", "run.yaml:8: train.max_steps must be a whole number, not 1.5"),
         ("train", "max_steps: true", "run.yaml:8: train.max_steps must be a whole number, not True"),
@@ -465,7 +493,27 @@ def test_missing_required_keys(tmp_path):
             ["mlp_chunks: 2", "checkpointing: {up: save}"],
             "memory.checkpointing keeps up, which an MLP in memory.mlp_chunks makes again",
         ),
-        ("memory", ["checkpointing: half"], "'half' is not one of none, full, offload, or auto"),
+        (
+            "memory",
+            ["mlp_chunks: 2", "checkpointing: half"],
+            "run.yaml:9: memory.checkpointing must be one of auto, none, full, offload, or a mapping from "
+            "activations to save, offload, recompute, not 'half'",
+        ),
+        (
+            "memory",
+            ["checkpointing: {gaet: save}"],
+            "run.yaml:8: memory.checkpointing: 'gaet' is no activation of a layer; known: block_input",
+        ),
+        (
+            "memory",
+            ["checkpointing: {gate: keep}"],
+            "run.yaml:8: memory.checkpointing: gate: 'keep' is not one of save, offload, recompute",
+        ),
+        (
+            "memory",
+            ["budget: 24 gibs"],
+            "run.yaml:8: memory.budget must be a size with its unit, such as 24GiB",
+        ),
         ("data", ["eval_fraction: 1"], "data.eval_fraction must be at least 0 and below 1, not 1"),
         ("train", ["per_device_train_batch_size: 0"], "train.per_device_train_batch_size must be at least 1"),
         (
@@ -512,6 +560,22 @@ def test_missing_required_keys(tmp_path):
 )
 def test_values_that_make_no_sense(tmp_path, section, lines, expected):
     assert expected in message(tmp_path, in_section(section, *lines))
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--memory.checkpointing=half", "command line: memory.checkpointing must be one of auto, none, full"),
+        ("--memory.checkpointing.gaet=save", "command line: memory.checkpointing: 'gaet' is no activation"),
+        (
+            "--memory.budget=24",
+            "command line: memory.budget must be a size with its unit, such as 24GiB, not '24'",
+        ),
+    ],
+)
+def test_flags_that_make_no_sense_are_named_as_flags(tmp_path, flag, expected):
+    text = in_section("memory", "checkpointing: full" if "=half" in flag else "checkpointing: {gate: save}")
+    assert message(tmp_path, text, flag).startswith(expected)
 
 
 def test_contradictions_name_where_each_was_written(tmp_path):

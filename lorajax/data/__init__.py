@@ -1,7 +1,7 @@
 """Data: formats -> messages -> tokens and loss mask -> packed rows."""
 
 from lorajax.data.chat import chat_template, render_prompt
-from lorajax.data.documents import DataSplits, DataStats, Documents, load_documents
+from lorajax.data.documents import DataSplits, DataStats, Documents, check_length, load_documents
 from lorajax.data.packing import PackingStats, packed_batches, packing_stats
 from lorajax.data.tokenizer import load_tokenizer
 from lorajax.data.tokens import decode_row, decode_with_mask
@@ -12,6 +12,7 @@ __all__ = [
     "Documents",
     "PackingStats",
     "chat_template",
+    "check_length",
     "decode_row",
     "decode_with_mask",
     "load_documents",

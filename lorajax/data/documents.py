@@ -118,6 +118,23 @@ class DataSplits(NamedTuple):
     eval_stats: DataStats | None
 
 
+def check_length(config: DataConfig, context_length: int | None) -> None:
+    """Whether rows of data.max_length are ones that can be learnt, and that the model takes.
+
+    Raises:
+        UserError: they are not.
+    """
+    if config.max_length < 2:
+        raise UserError(
+            f"data.max_length is {config.max_length}: it must be at least 2, a token and its target"
+        )
+    if context_length is not None and config.max_length > context_length:
+        raise UserError(
+            f"data.max_length is {config.max_length}, but the model's context is {context_length} tokens; "
+            f"set data.max_length to {context_length} or less"
+        )
+
+
 def load_documents(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerFast,
@@ -143,15 +160,7 @@ def load_documents(
         UserError: the data cannot be read, a row cannot be used, nothing is to be learnt, or max_length is
             over the model's context.
     """
-    if config.max_length < 2:
-        raise UserError(
-            f"data.max_length is {config.max_length}: it must be at least 2, a token and its target"
-        )
-    if context_length is not None and config.max_length > context_length:
-        raise UserError(
-            f"data.max_length is {config.max_length}, but the model's context is {context_length} tokens; "
-            f"set data.max_length to {context_length} or less"
-        )
+    check_length(config, context_length)
     encoder = Encoder(tokenizer, eos_ids)
     template = chat_template(tokenizer, config.chat_template)
 

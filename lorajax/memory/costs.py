@@ -87,7 +87,7 @@ class Workload:
 
     Attributes:
         options: the model's shapes.
-        ranks: of the adapter of each projection of a layer, by the projection's name; 0 without.
+        ranks: of the adapters of each projection, the largest of all layers, by its name; 0 without.
         itemsize: bytes of an element of the activations.
         weights: bytes of the frozen weights.
         trainable: number of trainable parameters.
@@ -252,12 +252,11 @@ def workload(
     model: Decoder, *, weights: int, trainable: int, rows: int, length: int, context: int
 ) -> Workload:
     """Of a model, whose arrays may be abstract."""
-    ranks = {}
+    ranks: dict[str, int] = {}
     for path, linear in model.linears().items():
-        if path.startswith("layers.0."):
-            ranks[path.rpartition(".")[2]] = (
-                0 if linear.lora_a is None else linear.lora_a.get_value().shape[0]
-            )
+        name = path.rpartition(".")[2]
+        rank = 0 if linear.lora_a is None else linear.lora_a.get_value().shape[0]
+        ranks[name] = max(rank, ranks.get(name, 0))
     return Workload(
         options=model.options,
         ranks=ranks,

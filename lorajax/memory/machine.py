@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import os
+import platform
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +22,19 @@ from lorajax.config import parse_size
 from lorajax.data.cache import user_cache_folder
 from lorajax.memory.costs import Rates
 
+_log = logging.getLogger("lorajax")
+
 # What a process takes of a GPU besides JAX's allocator: its CUDA context, libraries, compiled programs.
 CONTEXT_BYTES = 2**30
 # Share of what the allocator has that is left free: it cuts its memory into pieces.
 SLACK = 0.02
+# Bytes that other arrays hold and that are worth a word.
+_NOTED = 2**28
 # Of the products and copies that rates are measured with, see measure_rates.
 _MEASURED = {"matrix": 8192, "copied": 2**28}
 _FRACTION = "XLA_CLIENT_MEM_FRACTION"
 _OLD_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def claim_gpu_memory(budget: str | None) -> None:
@@ -67,12 +77,33 @@ def _gpu_memory() -> tuple[int, int] | None:
 
 
 def gpu_limit(budget: str | None) -> int | None:
-    """Bytes that weights, state and activations may take on each GPU; None on a CPU."""
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
-    if jax.default_backend() != "gpu" or None in limits:
+    """Bytes that weights, state and activations of a run may take on each GPU; None on a CPU.
+
+    To be called before any of them is there: what the process holds by then, such as the model of an earlier
+    run, is something else's.
+    """
+    if (memory := _gpu_memory_left()) is None:
         return None
-    available = int(min(limit for limit in limits if limit is not None) * (1 - SLACK))
-    return available if budget is None else min(available, parse_size(budget))
+    left, held = memory
+    limit = left if budget is None else min(left, parse_size(budget))
+    if limit == left and held >= _NOTED:
+        _log.warning(
+            "%.2f GiB of the GPU's memory is held by other arrays of this process, such as the model of an "
+            "earlier run; delete them, or restart it, to have more than %.2f GiB",
+            held / 2**30,
+            left / 2**30,
+        )
+    return limit
+
+
+def _gpu_memory_left() -> tuple[int, int] | None:
+    """Bytes that JAX' allocator still has, and those that it has given, on the GPU with the least left."""
+    gc.collect()  # what refers to itself keeps its arrays until then
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if jax.default_backend() != "gpu" or any("bytes_limit" not in each for each in stats):
+        return None
+    sizes = [(int(each["bytes_limit"] * (1 - SLACK)), each.get("bytes_in_use", 0)) for each in stats]
+    return min((max(limit - held, 0), held) for limit, held in sizes)
 
 
 def host_limit(budget: str | None) -> int:
@@ -81,14 +112,62 @@ def host_limit(budget: str | None) -> int:
     return (available if budget is None else min(available, parse_size(budget))) // jax.local_device_count()
 
 
-def _free_host_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+def _free_host_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
+    """Of the machine, or of the container or job that the process is in, where that may take less."""
+    return max(0, min([_free_of_machine(proc), *_free_of_groups(proc, cgroups)]))
+
+
+def _free_of_machine(proc: Path) -> int:
+    for line in _lines(proc / "meminfo"):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+class _GroupFiles(NamedTuple):
+    """Of a control group: names of its limit, of what it uses, and, in memory.stat, of files' idle pages."""
+
+    limit: str
+    usage: str
+    idle: str
+
+
+_VERSION_1 = _GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = _GroupFiles("memory.max", "memory.current", "inactive_file")
+
+
+def _free_of_groups(proc: Path, cgroups: Path) -> Iterator[int]:
+    """Below the limit of each control group that the process is in and that has one."""
+    for line in _lines(proc / "self" / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, files = cgroups, _VERSION_2
+        elif "memory" in controllers.split(","):
+            root, files = cgroups / "memory", _VERSION_1
+        else:
+            continue
+        group = root / path.lstrip("/")
+        # Those above it limit it too. A container may see its own group as the root.
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root) and (free := _free_of_group(folder, files)) is not None:
+                yield free
+
+
+def _free_of_group(folder: Path, files: _GroupFiles) -> int | None:
+    """None: it has no limit."""
+    try:
+        limit, usage = (int((folder / name).read_text(encoding="utf-8")) for name in files[:2])
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
+    stat = dict(line.split() for line in _lines(folder / "memory.stat"))
+    return limit - usage + int(stat.get(files.idle, 0))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 def offloads() -> bool:
@@ -98,35 +177,48 @@ def offloads() -> bool:
 
 
 def machine_rates() -> Rates:
-    """Of this machine: measured once in some seconds, then kept in the user's cache folder."""
+    """Of this machine: measured once in some seconds, then kept in the user's cache folder.
+
+    Measured in the run's own process, whose JAX has the GPU's memory: a run that measures them may report a
+    peak of up to 1.5 GiB (see _measured_sizes) where its steps take less.
+    """
     path = user_cache_folder() / "rates.json"
-    kind = f"{current_device().kind}, jax {jax.__version__}"
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return Rates(**known[kind])
-    except (OSError, ValueError, KeyError, TypeError):
-        known = {}
-    sizes = _measured_sizes(gpu_limit(None))
+    # Machines that share a home may hold the same GPU behind another link.
+    kind = f"{platform.node()}: {current_device().kind}, jax {jax.__version__}"
+    known = _known_rates(path)
+    if kind in known:
+        return known[kind]
+    memory = _gpu_memory_left()
+    sizes = _measured_sizes(None if memory is None else memory[0])
     rates = measure_rates(**sizes)
     if sizes != _MEASURED:
         return rates  # smaller ones are slower: not to be kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(known | {kind: asdict(rates)}, indent=1) + "\n", encoding="utf-8")
+        plain = {kind: asdict(each) for kind, each in {**known, kind: rates}.items()}
+        temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError:
         pass  # measured again next time
     return rates
 
 
+def _known_rates(path: Path) -> dict[str, Rates]:
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        return {kind: Rates(**each) for kind, each in plain.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
 def _measured_sizes(limit: int | None) -> dict[str, int]:
     """Arguments of measure_rates that fit so many bytes."""
     sizes = dict(_MEASURED)
     # Three matrices in 16 bits; of copies, the source and the results of some that are under way.
-    while limit is not None and 4 * sizes["matrix"] ** 2 * 2 > limit:
+    while limit is not None and 4 * sizes["matrix"] ** 2 * 2 > max(limit, 2**20):
         sizes["matrix"] //= 2
-    while limit is not None and 6 * sizes["copied"] > limit:
+    while limit is not None and 6 * sizes["copied"] > max(limit, 2**20):
         sizes["copied"] //= 2
     return sizes
 

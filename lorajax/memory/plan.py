@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -15,9 +18,18 @@ from lorajax_kernels.device import Device
 from lorajax.config import Config
 from lorajax.errors import UserError
 from lorajax.lora.adapter import outline_lora
-from lorajax.memory.costs import Rates, workload
+from lorajax.memory.analysis import Memory
+from lorajax.memory.costs import Rates, Workload, workload
 from lorajax.memory.planner import Estimate, Problem, estimate, estimates, micro_batch_counts
-from lorajax.memory.policy import ACTIVATIONS, GRADIENT, Layout, Policy
+from lorajax.memory.policy import (
+    ACTIVATIONS,
+    GRADIENT,
+    MADE_IN_CHUNKS,
+    PRESETS,
+    Checkpointing,
+    Layout,
+    Policy,
+)
 from lorajax.models.checkpoint import outline
 from lorajax.models.decoder import Decoder, LoRAParam
 
@@ -25,13 +37,17 @@ T = TypeVar("T")
 
 _log = logging.getLogger("lorajax")
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 # Of a step's time: what a faster layout must promise for it to be compiled where one that fits is at hand.
 _WORTH = 0.02
 # Layouts that are compiled for a plan, at most, once one fits.
 _MOST_COMPILED = 3
 # AdamW keeps two moments of each trainable parameter.
 _MOMENTS = 2
+# Bytes of a token in a batch: itself, its target, segment, position and weight.
+_BATCH_BYTES = 5 * 4
+# Tokens of the shortest rows that are offered where longer ones do not fit.
+_SHORTEST = 16
 
 
 def outline_of(config: Config, path: str | Path | None = None) -> Decoder:
@@ -73,7 +89,7 @@ def problem_of(
     count = sum(leaf.size for leaf in _leaves(trainable))
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in _leaves(frozen))
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    batch = 5 * 4 * rows * length  # tokens, targets, segments, positions, weights
+    batch = _BATCH_BYTES * rows * length
     return Problem(
         workload=lambda rows: workload(
             model,
@@ -90,6 +106,18 @@ def problem_of(
         micro_batches=micro_batch_counts(rows),
         mlp_chunks=config.memory.mlp_chunks,
     )
+
+
+def shortened(problem: Problem, length: int) -> Problem:
+    """With rows of so many tokens."""
+
+    def work(rows: int) -> Workload:
+        longer = problem.workload(rows)
+        return replace(longer, length=length, context=min(longer.context, length))
+
+    weights, adapters, optimizer = problem.fixed
+    less = _BATCH_BYTES * problem.rows * (problem.workload(1).length - length)
+    return replace(problem, workload=work, fixed=(weights, adapters, optimizer - less))
 
 
 def _leaves(state: nnx.State) -> list:
@@ -110,6 +138,10 @@ class Plan:
         sizes: bytes of what has been compiled, as XLA's analysis has them; the options are corrected by them.
         others: bytes of a GPU, weights and state included, while a run does something else than a step.
         advice: what else would be better on that GPU; None: nothing that is known.
+        asked: memory.checkpointing.
+        problem: what is planned; None: not known, and nothing else is estimated for a refusal.
+        ceilings: bytes to which budget and host_budget can be raised; None: not known.
+        devices: GPUs that share memory.host_budget.
     """
 
     device: str
@@ -121,6 +153,10 @@ class Plan:
     sizes: Mapping[Layout, int] = field(default_factory=dict)
     others: Mapping[str, int] = field(default_factory=dict)
     advice: str | None = None
+    asked: Checkpointing = "auto"
+    problem: Problem | None = None
+    ceilings: tuple[int | None, int | None] = (None, None)
+    devices: int = 1
 
     @property
     def fixed(self) -> int:
@@ -147,46 +183,48 @@ class Plan:
         return self.sizes.get(option.layout, option.device.total)
 
     def fits(self, option: Estimate) -> bool:
-        return self.size(option) <= self.budget and option.host <= self.host_budget
+        return not self.exceeded(option)
+
+    def exceeded(self, option: Estimate) -> str:
+        """Which budget an option is over, as tables say it; empty: it fits."""
+        over = [self.size(option) > self.budget, option.host > self.host_budget]
+        return " and ".join(itertools.compress(("over the budget", "over the host's"), over))
 
     def tokens_per_second(self, option: Estimate) -> float:
         """On one device."""
         return self.tokens / option.seconds
 
-    def checked(self, total: int) -> Plan:
-        """With the bytes of the chosen layout's compiled step.
+    def checked(self, memory: Memory) -> Plan:
+        """With what the chosen layout's compiled step takes.
 
-        By as much as it was off, other options of as many rows move; those of other micro-batches, which no
-        compiled step is nearer to, by as much in proportion to their rows.
+        By as much as the estimate was off, other options of as many rows move; those of other micro-batches,
+        which no compiled step is nearer to, by as much in proportion to their rows. Host memory moves in
+        proportion to itself.
         """
-        chosen = self.chosen.layout
-        off = total - self.chosen.device.total
-        known = {layout.rows for layout in self.sizes} - {chosen.rows}
+        chosen = self.chosen
+        rows = chosen.layout.rows
+        off = memory.total - chosen.device.total
+        away = memory.host / chosen.host if chosen.host else 1.0
+        known = {layout.rows for layout in self.sizes} - {rows}
 
         def corrected(option: Estimate) -> Estimate:
-            rows = option.layout.rows
-            if option.layout in self.sizes or rows in known:
+            if option.layout == chosen.layout:
+                return found
+            if option.layout in self.sizes or option.layout.rows in known:
                 return option
-            return option.corrected(off * rows // chosen.rows)
+            return _corrected(option, off * option.layout.rows // rows, away)
 
+        found = replace(chosen.corrected(off), host=memory.host)
         return replace(
             self,
-            chosen=self.chosen.corrected(off),
+            chosen=found,
             options=[corrected(option) for option in self.options],
-            sizes={**self.sizes, chosen: total},
+            sizes={**self.sizes, chosen.layout: memory.total},
         )
 
     def beside(self, name: str, taken: int) -> Plan:
         """With what something else than a step takes beside weights and state, in bytes."""
         return replace(self, others={**self.others, name: self.fixed + taken})
-
-    def nearest(self, count: int = 3) -> list[Estimate]:
-        """Those that fit, the fastest first, each with another micro-batch."""
-        found: list[Estimate] = []
-        for option in self.options:
-            if self.fits(option) and all(option.layout.rows != other.layout.rows for other in found):
-                found.append(option)
-        return found[:count]
 
     def lines(self) -> dict[str, str]:
         """What was chosen, what it takes and reaches, and what each activation becomes."""
@@ -195,12 +233,15 @@ class Plan:
         assert isinstance(policy, Policy)
         how = "estimated" if self.compiled is None else "compiled"
         parts = ", ".join(f"{name} {gib(size)}" for name, size in zip(device._fields, device, strict=True))
+        over = f", {self.exceeded(chosen)}" if not self.fits(chosen) else ""
         times = {"checkpoint": self.fixed, **self.others}
         return {
             "plan": f"{chosen.micro_batches} x {chosen.layout.rows} rows on {self.device}: about "
             f"{self.tokens_per_second(chosen):,.0f} tokens/s a GPU",
-            "GPU memory": f"{gib(self.taken)} of {gib(self.budget)} ({how}): {parts}",
-            "host memory": f"{gib(chosen.host)} of {gib(self.host_budget)}",
+            "GPU memory": f"{gib(self.taken)} of {gib(self.budget)} ({how}{over}): {parts}",
+            "host memory": "none to offload to"
+            if self.problem is not None and not self.problem.offloads
+            else f"{gib(chosen.host)} of {gib(self.host_budget)}",
             "other times": ", ".join(f"{name} {gib(size)}" for name, size in times.items()),
             **describe(policy),
             **({"MLP": _in_parts(chosen.layout)} if chosen.layout.mlp_chunks > 1 else {}),
@@ -214,31 +255,49 @@ class Plan:
     def frontier(self, count: int = 12) -> str:
         """The options as a table: memory against speed, from the largest to the smallest."""
         rows = ["     GPU     host  micro-batches   tokens/s a GPU  kept"]
-        for option in thinned(self.options, count):
-            mark = "" if self.fits(option) else "  over the budget"
+        for option in self.shown(count):
+            marks = ["chosen"] if option == self.chosen else []
+            marks += [self.exceeded(option)] if not self.fits(option) else []
             rows.append(
-                f"{gib(option.device.total):>8} {gib(option.host):>8}  {option.micro_batches:>5} x "
+                f"{gib(self.size(option)):>8} {gib(option.host):>8}  {option.micro_batches:>5} x "
                 f"{option.layout.rows:<5}  {self.tokens_per_second(option):>14,.0f}  "
-                f"{summary(option.layout)}{mark}"
+                f"{'  '.join([summary(option.layout), *marks])}"
             )
         return "\n".join(rows)
+
+    def shown(self, count: int) -> list[Estimate]:
+        """At most so many options, the chosen one among them, from the largest to the smallest.
+
+        Half of them fit, where there are as many; what does not fit shows what more memory would bring.
+        """
+        inside = front(option for option in (*self.options, self.chosen) if self.fits(option))
+        beyond = [option for option in front(self.options) if not self.fits(option)]
+        first = [self.chosen]
+        some = count - 1 - min(len(beyond), count - 1 - min(len(inside), count // 2))
+        inside = thinned([option for option in inside if option != self.chosen], some)
+        beyond = thinned([option for option in beyond if option != self.chosen], count - 1 - len(inside))
+        return sorted(first + inside + beyond, key=self.size, reverse=True)
 
     def plot(self, path: str | Path) -> None:
         """Draw the frontier, memory against tokens/s, with the budget and the choice.
 
         Raises:
-            UserError: matplotlib is not installed.
+            UserError: as check_picture.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise UserError("a picture needs matplotlib: pip install 'lorajax[plan]'") from None
+        check_picture(path)
+        from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
-        points = sorted((each.device.total / _GIB, self.tokens_per_second(each)) for each in self.options)
-        axes.plot(*zip(*points, strict=True), ".", markersize=3, color="tab:blue", label="layouts")
-        chosen = self.chosen.device.total / _GIB, self.tokens_per_second(self.chosen)
+
+        colours = {"": "tab:blue", "over the budget": "silver", "over the host's": "tab:orange"}
+        for over in dict.fromkeys([*colours, *map(self.exceeded, self.options)]):
+            some = [option for option in self.options if self.exceeded(option) == over]
+            points = [(self.size(option) / _GIB, self.tokens_per_second(option)) for option in some]
+            if points:
+                colour = colours.get(over, "wheat")
+                axes.plot(*zip(*points, strict=True), ".", markersize=3, color=colour, label=over or "fits")
+        chosen = self.taken / _GIB, self.tokens_per_second(self.chosen)
         axes.plot(*chosen, "o", color="tab:red", label="chosen")
         axes.axvline(self.budget / _GIB, color="gray", linestyle="--", label="budget")
         axes.set(xlabel="GPU memory [GiB]", ylabel="tokens/s on one GPU", title=self.device, ylim=(0, None))
@@ -247,14 +306,44 @@ class Plan:
         figure.savefig(path, dpi=120)
 
 
-def make_plan(problem: Problem, config: Config, *, device: Device, budget: int, host_budget: int) -> Plan:
+def check_picture(path: str | Path) -> None:
+    """Whether a picture can be drawn there.
+
+    Raises:
+        UserError: there is no such folder, the file's kind is unknown, or matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("a picture needs matplotlib: pip install 'lorajax[plan]'") from None
+
+    path, kinds = Path(path), Figure().canvas.get_supported_filetypes()
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be drawn: there is no folder {path.parent}; make it first")
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        raise UserError(f"{path} cannot be drawn: it must end in one of {', '.join(kinds)}")
+
+
+def make_plan(
+    problem: Problem,
+    config: Config,
+    *,
+    device: Device,
+    budget: int,
+    host_budget: int,
+    ceilings: tuple[int | None, int | None] = (None, None),
+    devices: int = 1,
+) -> Plan:
     """The fastest layout that fits, or the one that the config asks for, whether it fits or not.
+
+    Args:
+        ceilings, devices: see Plan.
 
     Raises:
         UserError: nothing fits.
     """
     options = estimates(problem)
-    length = config.data.max_length
+    length, asked = config.data.max_length, config.memory.checkpointing
     plan = Plan(
         device.kind,
         budget,
@@ -263,19 +352,31 @@ def make_plan(problem: Problem, config: Config, *, device: Device, budget: int, 
         options,
         options[0],
         advice=_advice(config.model.dtype, device),
+        asked=asked,
+        problem=problem,
+        ceilings=ceilings,
+        devices=devices,
     )
-    checkpointing = config.memory.checkpointing
-    if checkpointing == "auto":
+    if asked == "auto":
         return choose_again(plan)
-    rows = config.train.per_device_train_batch_size
-    if Policy.of(checkpointing, 1).offloads and not problem.offloads:
-        raise UserError(
-            f"memory.checkpointing keeps activations in host memory, but {device.kind} has no pinned host "
-            "memory to keep them in; set it to auto"
-        )
+    check_offload(asked, offloads=problem.offloads, kind=device.kind)
     if sum(problem.fixed) > budget:
         raise UserError(refusal(plan))
-    return replace(plan, chosen=estimate(problem, Layout(rows, checkpointing, config.memory.mlp_chunks or 1)))
+    rows = config.train.per_device_train_batch_size
+    return replace(plan, chosen=estimate(problem, Layout(rows, asked, config.memory.mlp_chunks or 1)))
+
+
+def check_offload(asked: Checkpointing, *, offloads: bool, kind: str) -> None:
+    """Whether a device can do what memory.checkpointing asks for.
+
+    Raises:
+        UserError: it asks to offload, and there is nothing to offload to.
+    """
+    if asked != "auto" and not offloads and Policy.of(asked, 1).offloads:
+        raise UserError(
+            f"memory.checkpointing is {asked}, but {kind} has no pinned host memory to offload to; set it to "
+            "auto, full or none"
+        )
 
 
 def _advice(dtype: str, device: Device) -> str | None:
@@ -297,12 +398,22 @@ def choose_again(plan: Plan) -> Plan:
     return replace(plan, chosen=chosen)
 
 
-def settle(plan: Plan, compiled: Callable[[Layout], tuple[T, int]], *, may_choose: bool) -> tuple[Plan, T]:
-    """Compile what is chosen, and choose again where that takes more than there is, or leaves much of it.
+def accepted(plan: Plan) -> Plan:
+    """The plan, if what is chosen fits.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not plan.fits(plan.chosen):
+        raise UserError(refusal(plan))
+    return plan
+
+
+def settle(plan: Plan, compiled: Callable[[Layout], tuple[T, Memory]]) -> tuple[Plan, T]:
+    """Compile what is chosen, and with auto choose again where it does not fit, or leaves much of the memory.
 
     Args:
-        compiled: layout -> (its program, the bytes that it takes).
-        may_choose: another layout than the chosen one.
+        compiled: layout -> (its program, what it takes).
 
     Returns:
         The plan with what its choice takes, and the program of that.
@@ -314,13 +425,11 @@ def settle(plan: Plan, compiled: Callable[[Layout], tuple[T, int]], *, may_choos
     best: Estimate | None = None
     while True:
         estimated = plan.chosen.device.total
-        program, total = compiled(plan.chosen.layout)
-        plan = plan.checked(total)
-        _log.info("%s takes %s, estimated %s", summary(plan.chosen.layout), gib(total), gib(estimated))
-        if not may_choose:
-            if not plan.fits(plan.chosen):
-                raise UserError(refusal(plan))
-            return plan, program
+        program, memory = compiled(plan.chosen.layout)
+        plan = plan.checked(memory)
+        _log.info("%s takes %s, estimated %s", summary(plan.chosen.layout), gib(memory.total), gib(estimated))
+        if plan.asked != "auto":
+            return accepted(plan), program
         if plan.fits(plan.chosen) and (best is None or plan.chosen.seconds < best.seconds):
             best, programs = plan.chosen, {plan.chosen.layout: program}
         plan = choose_again(plan)
@@ -332,32 +441,169 @@ def settle(plan: Plan, compiled: Callable[[Layout], tuple[T, int]], *, may_choos
 
 def refusal(plan: Plan) -> str:
     """Why the chosen layout cannot run, and what can."""
-    smallest = min(plan.options, key=lambda option: option.device.total)
     fixed = sum(plan.options[0].device[:3])
     if fixed > plan.budget:
+        ceiling = plan.ceilings[0]
+        larger = "raise memory.budget" if ceiling is None or ceiling >= fixed else "take a larger GPU"
         return (
             f"weights, adapters and optimizer alone take {gib(fixed)} of {plan.device}, the budget is "
-            f"{gib(plan.budget)}; raise memory.budget, or take a smaller model"
+            f"{gib(plan.budget)}; {larger}, or take a smaller model"
         )
-    found = plan.nearest()
-    if not found:
-        host = f" and {gib(smallest.host)} of host memory" if smallest.host else ""
-        return (
-            f"nothing fits {gib(plan.budget)} of {plan.device} and {gib(plan.host_budget)} of host memory: "
-            f"the smallest layout takes {gib(smallest.device.total)}{host}; raise memory.budget, or lower "
-            "data.max_length"
-        )
-    lines = [
-        f"a step takes {gib(plan.taken)} of {plan.device} and {gib(plan.chosen.host)} of host memory, but "
-        f"there is {gib(plan.budget)} and {gib(plan.host_budget)}. What fits:"
-    ]
-    for option in found:
-        lines.append(
-            f"  {gib(option.device.total)}, about {plan.tokens_per_second(option):,.0f} tokens/s: "
-            f"--memory.checkpointing auto --train.per_device_train_batch_size {option.layout.rows} "
-            f"--train.gradient_accumulation_steps {option.micro_batches}"
-        )
-    return "\n".join(lines)
+    why = _nothing_fits(plan) if plan.asked == "auto" else _does_not_fit(plan)
+    lines = offers(plan)
+    if not lines:
+        return f"{why}; lower data.max_length, or take a smaller model"
+    return "\n".join([f"{why}. What fits:", *lines])
+
+
+def _does_not_fit(plan: Plan) -> str:
+    """What was asked for."""
+    how = "estimated" if plan.compiled is None else "compiled"
+    taken, host = f"{gib(plan.taken)} of {plan.device} ({how})", f"{gib(plan.chosen.host)} of host memory"
+    if plan.taken > plan.budget:
+        taken += f", over memory.budget, {gib(plan.budget)}"
+    if plan.chosen.host > plan.host_budget:
+        host += f", over memory.host_budget, {gib(plan.host_budget)}"
+    step = f"{taken} and {host}" if plan.chosen.host else taken
+    return f"memory.checkpointing {spelled(plan.asked)}: a step takes {step}"
+
+
+def _nothing_fits(plan: Plan) -> str:
+    """By which budget."""
+    smallest, least_host = _smallest(plan)
+    if least_host is None:
+        short = "memory.budget is short, the smallest layout takes"
+        more = f" and {gib(smallest.host)} of host memory" if smallest.host else ""
+    else:
+        short = "memory.host_budget is short, the smallest layout within it takes"
+        more = f", one of {gib(plan.size(least_host))} takes {gib(least_host.host)} of host memory"
+    return (
+        f"nothing fits {gib(plan.budget)} of {plan.device} and {gib(plan.host_budget)} of host memory: "
+        f"{short} {gib(plan.size(smallest))}{more}"
+    )
+
+
+def _smallest(plan: Plan) -> tuple[Estimate, Estimate | None]:
+    """The smallest option within the host's budget, and of those within the GPU's, if any, that of least
+    host memory."""
+    inside = [option for option in plan.options if option.host <= plan.host_budget] or plan.options
+    fitting = [option for option in plan.options if plan.size(option) <= plan.budget]
+    return min(inside, key=plan.size), min(fitting, key=lambda option: option.host, default=None)
+
+
+def offers(plan: Plan, count: int = 3) -> list[str]:
+    """Settings with which it fits, each with what it takes and reaches: the nearest first."""
+    every = itertools.chain(_other_policies(plan), _larger_budgets(plan), _shorter_rows(plan))
+    return list(itertools.islice(every, count))
+
+
+def _offer(plan: Plan, option: Estimate, flags: str) -> str:
+    host = f" and {gib(option.host)} of host memory" if option.host else ""
+    speed = plan.tokens_per_second(option)
+    return f"  {gib(plan.size(option))}{host}, about {speed:,.0f} tokens/s: {flags}"
+
+
+def _other_policies(plan: Plan) -> Iterator[str]:
+    """Auto, then the fastest for the rows of a micro-batch that are asked for."""
+    if plan.asked == "auto":
+        return
+    best = next((option for option in plan.options if plan.fits(option)), None)
+    if best is not None:
+        yield _offer(plan, best, "--memory.checkpointing auto")
+    fitting = [(name, option) for name, option in _named(plan).items() if plan.fits(option)]
+    if fitting:
+        name, option = min(fitting, key=lambda each: each[1].seconds)
+        yield _offer(plan, option, f"--memory.checkpointing {name}")
+
+
+def _named(plan: Plan) -> dict[str, Estimate]:
+    """What a config can ask for by name, for its rows and its parts of an MLP; presets first."""
+    problem, asked = plan.problem, plan.chosen.layout
+    if problem is None:
+        return {}
+    policies: list[Checkpointing] = [name for name in PRESETS if name != "offload" or problem.offloads]
+    for option in estimates(replace(problem, micro_batches=[problem.rows // asked.rows])):
+        policy = option.layout.checkpointing
+        assert isinstance(policy, Policy)
+        (layer, *others), chunked = set(policy.layers), asked.mlp_chunks > 1
+        if not others and policy.copy_span == 1 and not (chunked and layer.keeps(*MADE_IN_CHUNKS)):
+            policies.append(layer.actions)
+    return {
+        spelled(policy): _as_corrected(plan, estimate(problem, asked._replace(checkpointing=policy)))
+        for policy in policies
+    }
+
+
+def _larger_budgets(plan: Plan) -> Iterator[str]:
+    """For what is asked for; with auto for the smallest layouts."""
+    for option in (plan.chosen,) if plan.asked != "auto" else _smallest(plan):
+        flags = None if option is None else _raised(plan, option)
+        if option is not None and flags:
+            yield _offer(plan, option, flags)
+
+
+def _raised(plan: Plan, option: Estimate) -> str | None:
+    """Budgets that an option fits; None: there is not as much."""
+    flags: list[str] = []
+    unknown: list[str] = []
+    for size, budget, ceiling, setting, share, where in (
+        (plan.size(option), plan.budget, plan.ceilings[0], "budget", 1, "the GPU"),
+        (option.host, plan.host_budget, plan.ceilings[1], "host_budget", plan.devices, "the host"),
+    ):
+        if size <= budget:
+            continue
+        if ceiling is not None and size > ceiling:
+            return None
+        flags.append(f"--memory.{setting} {_at_least(size * share)}")
+        unknown += [where] * (ceiling is None)
+    caveat = f" (where {' and '.join(unknown)} can give it)" if unknown else ""
+    return f"{' '.join(flags)}{caveat}"
+
+
+def _shorter_rows(plan: Plan) -> Iterator[str]:
+    """The longest of half, a quarter, ... of the tokens that fit."""
+    problem, asked = plan.problem, plan.chosen.layout
+    if problem is None:
+        return
+    length = whole = problem.workload(1).length
+    while (length := length // 2) >= _SHORTEST:
+        shorter = shortened(problem, length)
+        if plan.asked == "auto":
+            found = estimates(shorter)
+        else:
+            found = [estimate(shorter, asked._replace(checkpointing=plan.asked))]
+        there = replace(plan, tokens=plan.tokens * length // whole, sizes={})
+        moved = (_as_corrected(plan, option, length / whole) for option in found)
+        if best := next((option for option in moved if there.fits(option)), None):
+            yield _offer(there, best, f"--data.max_length {length}")
+            return
+
+
+def _as_corrected(plan: Plan, option: Estimate, share: float = 1.0) -> Estimate:
+    """A new estimate, off by a share of what that of the chosen layout was."""
+    assert plan.problem is not None
+    before, chosen = estimate(plan.problem, plan.chosen.layout), plan.chosen
+    off = (chosen.device.total - before.device.total) * option.layout.rows / chosen.layout.rows
+    return _corrected(option, int(off * share), chosen.host / before.host if before.host else 1.0)
+
+
+def _corrected(option: Estimate, off: int, away: float) -> Estimate:
+    """With so many bytes more on the GPU, and so many times those of the host."""
+    return replace(option.corrected(off), host=int(option.host * away))
+
+
+def spelled(asked: Checkpointing) -> str:
+    """As a command line takes it."""
+    if isinstance(asked, str):
+        return asked
+    assert not isinstance(asked, Policy)
+    actions = {name: action for name, action in asked.items() if (name, action) != ("block_input", "save")}
+    return shlex.quote("{" + ", ".join(f"{name}: {action}" for name, action in actions.items()) + "}")
+
+
+def _at_least(size: int) -> str:
+    """A size, rounded up, as settings take it."""
+    return f"{math.ceil(100 * size / _GIB) / 100:.2f}GiB" if size >= _GIB else f"{math.ceil(size / _MIB)}MiB"
 
 
 def describe(policy: Policy) -> dict[str, str]:
@@ -403,19 +649,25 @@ def _in_parts(layout: Layout) -> str:
     return f"in {layout.mlp_chunks} parts of a row"
 
 
-def thinned(options: Sequence[Estimate], count: int) -> list[Estimate]:
-    """At most so many, spread evenly over their memory; the fastest and the smallest stay."""
+def front(options: Iterable[Estimate]) -> list[Estimate]:
+    """Those that no smaller one beats in time, from the largest to the smallest."""
     best: list[Estimate] = []
-    for option in sorted(options, key=lambda option: option.device.total):
+    for option in sorted(options, key=lambda option: (option.device.total, option.seconds)):
         if not best or option.seconds < best[-1].seconds:
             best.append(option)
-    ordered = best[::-1]
-    if len(ordered) <= count:
-        return ordered
-    low, high = ordered[-1].device.total, ordered[0].device.total
-    wanted = [high - (high - low) * part / (count - 1) for part in range(count)]
-    picked = [min(ordered, key=lambda option: abs(option.device.total - each)) for each in wanted]
-    return list(dict.fromkeys(picked))
+    return best[::-1]
+
+
+def thinned(options: Sequence[Estimate], count: int) -> list[Estimate]:
+    """So many of them: the ends, then what is furthest in memory from those that are taken."""
+    if len(options) <= count:
+        return list(options)
+    sizes = [option.device.total for option in options]
+    taken = [0, len(options) - 1][:count]
+    while len(taken) < count:
+        left = set(range(len(options))).difference(taken)
+        taken.append(max(left, key=lambda one: min(abs(sizes[one] - sizes[other]) for other in taken)))
+    return [options[one] for one in sorted(taken)]
 
 
 def table(lines: Mapping[str, str]) -> str:

@@ -214,9 +214,9 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout) -> Estimate:
     behind_forward = behind_backward = copies = 0.0
     *others, last = policy.layers
     for layer in (*others, LayerPolicy(last.saved | last.offloaded)):
-        here, away, backward = costs.of_layer(layer)
-        saved.append(here)
-        travelling.append(away)
+        kept, gone, backward = costs.of_layer(layer)
+        saved.append(kept)
+        travelling.append(gone)
         forward = costs.layer_forward
         step += forward + backward
         copy = costs.copied(travelling[-1])
@@ -234,14 +234,26 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout) -> Estimate:
     alone = max(0.0, waiting - policy.copy_span * max(travelling))
     step += 2 * COPY_COST * costs.copied(waiting) + costs.copied(alone)
     seconds = micro_batches * (step + costs.micro_batch) + costs.update
-    gradients = [0 if layer.gradient_away else 4 * work.trainable // len(saved) for layer in policy.layers]
-    activations, made = _activations_and_gradients(saved, travelling, gradients, policy.copy_span)
+    one = 4 * work.trainable // len(saved)
+    here = [0 if layer.gradient_away else one for layer in policy.layers]
+    away = [one if layer.gradient_away else 0 for layer in policy.layers]
+    activations, made = _activations_and_gradients(saved, travelling, here, policy.copy_span)
     # Of gradients in host memory too, what they sum up to over micro-batches stays on the GPU.
     sums = 4 * work.trainable if micro_batches > 1 else 0
     workspace = _workspace(work, policy, layout.mlp_chunks) + made + sums
     device = Breakdown(*problem.fixed, activations, int(workspace))
-    host = sum(travelling) + int(waiting)
-    return Estimate(layout, micro_batches, seconds, device, host)
+    return Estimate(layout, micro_batches, seconds, device, _host(travelling, away))
+
+
+def _host(travelling: Sequence[int], gradients: Sequence[int]) -> int:
+    """The most of both that is in host memory while a layer's backward pass runs.
+
+    Activations are those of the layers below it, which have not come back; gradients are those of the layers
+    above it, and take the places of what has.
+    """
+    below = list(itertools.accumulate(travelling, initial=0))[:-1]
+    above = list(itertools.accumulate(reversed(gradients), initial=0))[-2::-1]
+    return max(map(sum, zip(below, above, strict=True)))
 
 
 def _activations_and_gradients(

@@ -19,8 +19,8 @@ from lorajax.memory.costs import Rates
 
 # Shares of a vendor's figures that large products and copies reach, as measured on an H200.
 _PRODUCTS, _COPIES = 0.75, 0.87
-# cuDNN that JAX' wheels for CUDA bring along.
-_CUDNN = 91900
+# (major, minor, patch) of the cuDNN that JAX' wheels for CUDA bring along.
+_CUDNN = (9, 19, 0)
 # The oldest that the assembler of CUDA 13 knows. Volta is described to XLA as if it were Turing.
 _OLDEST = (7, 5)
 
@@ -65,10 +65,11 @@ class Target:
     def device(self) -> Device:
         """For lorajax_kernels, with the libraries that the cuda13 extra installs."""
         no_mosaic = why_no_mosaic(self.compute_capability)
+        cudnn = _CUDNN[0] * 10_000 + _CUDNN[1] * 100 + _CUDNN[2]
         return Device(
             self.kind,
             self.compute_capability,
-            _CUDNN,
+            cudnn,
             no_mosaic=no_mosaic,
             multiprocessors=self.cores[0],
         )
@@ -80,6 +81,7 @@ class Target:
         has_features = (major, minor) in (HOPPER, BLACKWELL)
         accelerated = " feature_extension: ACCELERATED_FEATURES" if has_features else ""
         multiprocessors, units = self.cores
+        cudnn = dict(zip(("major", "minor", "patch"), _CUDNN, strict=True))
         return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -108,10 +110,10 @@ gpu_device_info {{
   driver_version: "13.0.0"
   runtime_version: "12.8.0"
   compile_time_toolkit_version: "12.8.0"
-  dnn_version: "9.10.0"
+  dnn_version: "{".".join(map(str, _CUDNN))}"
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+dnn_version_info {{ {" ".join(f"{name}: {number}" for name, number in cudnn.items())} }}
 device_description_str: "{self.kind}"
 """
 

@@ -11,10 +11,8 @@ import yaml
 from lorajax.config import Config, as_plain
 from lorajax.data import DataStats, decode_row
 from lorajax.memory.analysis import Memory
-from lorajax.memory.plan import Plan, table
+from lorajax.memory.plan import Plan, gib, table
 from lorajax.training.inputs import Inputs, first_row
-
-_GIB = 2**30
 
 
 def banner(inputs: Inputs, plan: Plan | None, *, trainable: int, total: int, memory: Memory) -> str:
@@ -39,13 +37,15 @@ def banner(inputs: Inputs, plan: Plan | None, *, trainable: int, total: int, mem
         f"accumulated x {inputs.mesh.size} devices: {tokens:,} tokens",
         "steps": f"{inputs.total_steps:,}; learning rate {train.learning_rate:g}, "
         f"{train.lr_scheduler_type} after {train.warmup_steps} steps of warm-up",
-        "memory": f"{memory.total / _GIB:.2f} GiB a device for a step: {memory.arguments / _GIB:.2f} weights "
-        f"and state, {memory.temporaries / _GIB:.2f} activations; {memory.host / _GIB:.2f} of the host's",
+        "memory": f"{gib(memory.total)} a device for a step: {gib(memory.arguments)} weights and state, "
+        f"{gib(memory.temporaries)} activations; {gib(memory.host)} of the host's",
     }
     if plan is not None:
         lines |= plan.lines()
     else:
         lines["kept"] = f"checkpointing {inputs.layout.checkpointing}"
+        if inputs.config.memory.checkpointing == "auto":
+            lines["kept"] += ": auto plans for a GPU, and there is none"
     return table(lines)
 
 
@@ -71,10 +71,6 @@ def dry_run_text(inputs: Inputs) -> str:
     config = yaml.safe_dump(as_plain(inputs.config), sort_keys=False, allow_unicode=True)
     statistics = table(data_lines(inputs) | {"steps": f"{inputs.total_steps:,}"})
     return f"{config}\n{statistics}\n\nThe first row; what is learnt is {how}:\n{row}"
-
-
-def gib(bytes_: int) -> str:
-    return f"{bytes_ / _GIB:.2f} GiB"
 
 
 def _version(package: str) -> str:

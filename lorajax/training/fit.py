@@ -197,8 +197,9 @@ def _compile(inputs: Inputs, *, done: int) -> _Ready:
     if done < inputs.total_steps:
         evaluates = inputs.documents.eval is not None
         inputs, program, plan = compile_planned(inputs, plan, inputs.outline, evaluates=evaluates)
-    if plan is not None and inputs.config.output.sample_prompts:
-        plan, at_once = plan_answers(plan, inputs, inputs.outline)
+    output = inputs.config.output
+    if plan is not None and output.sample_prompts:
+        plan, at_once = plan_answers(plan, output, inputs.tokenizer, inputs.outline)
     return _Ready(inputs, program, plan, at_once, time.perf_counter() - began)
 
 

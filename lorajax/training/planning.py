@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
+import jax
 from lorajax_kernels.device import current_device
 
-from lorajax.config import Config, parse_size
+from lorajax.config import Config, OutputConfig, parse_size, validate
+from lorajax.data import chat_template, check_length, load_tokenizer
 from lorajax.errors import UserError
-from lorajax.generation import answering_memory
+from lorajax.generation import SMALLEST_BUCKET, answering_memory
+from lorajax.memory.analysis import Memory
 from lorajax.memory.costs import answering_bytes
 from lorajax.memory.elsewhere import Variant, compile_elsewhere
 from lorajax.memory.machine import (
     CONTEXT_BYTES,
     SLACK,
+    claim_gpu_memory,
     gpu_limit,
     host_limit,
     machine_rates,
     offloads,
 )
-from lorajax.memory.plan import Plan, gib, make_plan, outline_of, problem_of, settle
+from lorajax.memory.plan import (
+    Plan,
+    accepted,
+    check_offload,
+    gib,
+    make_plan,
+    outline_of,
+    problem_of,
+    settle,
+)
 from lorajax.memory.policy import Layout
 from lorajax.memory.targets import TARGETS, Target, find_target
+from lorajax.models.checkpoint import resolve
 from lorajax.models.decoder import Decoder
 from lorajax.sharding import data_mesh
-from lorajax.training.inputs import Inputs, RunShape
-from lorajax.training.program import compile_planned
+from lorajax.training.inputs import RunShape
+from lorajax.training.program import compile_planned, use_compilation_cache, with_evaluation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 R = TypeVar("R", bound=RunShape)
 
@@ -38,70 +57,146 @@ _BYTES_A_TOKEN, _TEMPLATE_TOKENS = 2, 32
 _HOST_ELSEWHERE = 64 * 2**30
 
 
-def plan_memory(config: Config, device: str = "auto", *, compiles: bool = True) -> Plan:
+def plan_memory(
+    config: Config,
+    device: str = "auto",
+    *,
+    compiles: bool = True,
+    estimated: Callable[[Plan], None] | None = None,
+) -> Plan:
     """Plan a run's memory without its weights or data.
 
     Args:
-        config: the run's; of the model its configuration alone is read.
-        device: "auto": the GPU at hand; or a name of lorajax.memory.targets, which need not be here.
+        config: the run's; of the model its configuration alone is read, and its tokenizer if that is here.
+        device: "auto": the GPU at hand, as a run in this process would have it; or a name of
+            lorajax.memory.targets, which need not be here.
         compiles: compile the step that is chosen, to know what it takes; otherwise estimate it.
+        estimated: called with the plan before anything is compiled.
 
     Raises:
-        UserError: nothing fits, the device is unknown, there is no GPU at hand, or JAX' CUDA plugin, which
-            compiles for a GPU that is not here, is not installed.
+        UserError: something that the run does does not fit, or nothing would; the device is unknown, there is
+            no GPU at hand, or JAX' CUDA plugin, which compiles for a GPU that is not here, is not installed.
     """
-    model = outline_of(config)
+    validate(config)
     if device != "auto":
-        return _plan_elsewhere(config, model, find_target(device), compiles)
+        return _plan_elsewhere(config, find_target(device), compiles, estimated)
+    # As a run does, before JAX starts.
+    claim_gpu_memory(config.memory.budget)
+    use_compilation_cache()
+    return _plan_here(config, compiles, estimated)
+
+
+def _plan_here(config: Config, compiles: bool, estimated: Callable[[Plan], None] | None) -> Plan:
+    model = _checked_outline(config)
     plan, run = planned(RunShape(config=config, mesh=data_mesh(), total_steps=1000), model)
     if plan is None:
         raise UserError(f"there is no GPU at hand; name one with --device: {', '.join(TARGETS)}")
-    if compiles:
-        _, _, plan = compile_planned(run, plan, model)
-        assert plan is not None
-    return plan
+    if not compiles:
+        return accepted(_estimated_answers(plan, config.output, model)[0])
+    if estimated is not None:
+        estimated(plan)
+    _, _, plan = compile_planned(run, plan, model, evaluates=_evaluates(config))
+    assert plan is not None
+    if not config.output.sample_prompts:
+        return plan
+    tokenizer = _tokenizer(config)
+    if tokenizer is None:
+        return _estimated_answers(plan, config.output, model)[0]
+    return plan_answers(plan, config.output, tokenizer, model)[0]
 
 
-def _plan_elsewhere(config: Config, model: Decoder, target: Target, compiles: bool) -> Plan:
-    budget = int((target.memory - CONTEXT_BYTES) * (1 - SLACK))
-    if config.memory.budget is not None:
-        budget = min(budget, parse_size(config.memory.budget))
-    host = config.memory.host_budget
+def _plan_elsewhere(
+    config: Config, target: Target, compiles: bool, estimated: Callable[[Plan], None] | None
+) -> Plan:
+    model = _checked_outline(config)
+    memory, most = config.memory, int((target.memory - CONTEXT_BYTES) * (1 - SLACK))
     plan = make_plan(
         problem_of(config, model, rates=target.rates, offloads=True),
         config,
         device=target.device,
-        budget=budget,
-        host_budget=_HOST_ELSEWHERE if host is None else parse_size(host),
+        budget=most if memory.budget is None else min(most, parse_size(memory.budget)),
+        host_budget=_HOST_ELSEWHERE if memory.host_budget is None else parse_size(memory.host_budget),
+        ceilings=(most, None),
     )
+    plan, _ = _estimated_answers(plan, config.output, model)
     if not compiles:
-        return plan
+        return accepted(plan)
+    if estimated is not None:
+        estimated(plan)
 
-    def compiled(layout: Layout) -> tuple[None, int]:
-        return None, compile_elsewhere(config, target, Variant(layout)).total
-
-    plan, _ = settle(plan, compiled, may_choose=config.memory.checkpointing == "auto")
-    if config.data.eval_path is not None or config.data.eval_fraction > 0:
+    @functools.cache
+    def evaluation(rows: int, mlp_chunks: int) -> Memory:
         # Nothing is kept from layer to layer, so that two take as much as all.
-        variant = Variant(plan.chosen.layout._replace(checkpointing="none"), num_layers=2, evaluates=True)
-        found = compile_elsewhere(config, target, variant)
-        plan = plan.beside("evaluation", found.temporaries)
-    if prompts := config.output.sample_prompts:
-        longest = max(len(prompt.encode()) for prompt in prompts) // _BYTES_A_TOKEN + _TEMPLATE_TOKENS
-        plan = plan.beside(
-            "generation",
-            answering_bytes(
-                model.options,
-                itemsize=model.dtype.itemsize,
-                rows=min(len(prompts), ANSWERED_AT_ONCE),
-                prompt=longest,
-                new=config.output.sample_max_new_tokens,
-            ),
-        )
+        layout, layers = Layout(rows, "none", mlp_chunks), min(2, len(model.layers))
+        return compile_elsewhere(config, target, Variant(layout, num_layers=layers, evaluates=True))
+
+    def compiled(layout: Layout) -> tuple[None, Memory]:
+        step = compile_elsewhere(config, target, Variant(layout))
+        if _evaluates(config):
+            return None, with_evaluation(step, evaluation(layout.rows, layout.mlp_chunks))
+        return None, step
+
+    plan, _ = settle(plan, compiled)
+    if _evaluates(config):
+        layout = plan.chosen.layout
+        plan = plan.beside("evaluation", evaluation(layout.rows, layout.mlp_chunks).temporaries)
     return plan
 
 
-def plan_answers(plan: Plan, inputs: Inputs, model: Decoder) -> tuple[Plan, int]:
+def _checked_outline(config: Config) -> Decoder:
+    """The model, if it takes the rows and answers that the config asks for."""
+    model = outline_of(config)
+    new, context = config.output.sample_max_new_tokens, model.options.context_length
+    check_length(config.data, context)
+    if config.output.sample_prompts and new >= context:
+        raise UserError(
+            f"output.sample_max_new_tokens is {new}, but the model's context is {context} tokens; lower it"
+        )
+    return model
+
+
+def _evaluates(config: Config) -> bool:
+    return config.data.eval_path is not None or config.data.eval_fraction > 0
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerFast | None:
+    """As a run has it; None: only the model's shapes are here."""
+    try:
+        path = config.model.tokenizer or resolve(config.model.path, weights=False)
+        tokenizer = load_tokenizer(path)
+    except UserError:
+        return None
+    tokenizer.chat_template = chat_template(tokenizer, config.data.chat_template)
+    return tokenizer
+
+
+def _estimated_answers(plan: Plan, output: OutputConfig, model: Decoder) -> tuple[Plan, int]:
+    """As plan_answers, where there is no tokenizer, or nothing is to be compiled."""
+    if not output.sample_prompts:
+        return plan, ANSWERED_AT_ONCE
+    longest = max(len(prompt.encode()) for prompt in output.sample_prompts)
+    prompt = longest // _BYTES_A_TOKEN + _TEMPLATE_TOKENS
+
+    def taken(at_once: int) -> int:
+        return answering_bytes(
+            model.options,
+            itemsize=model.dtype.itemsize,
+            rows=min(at_once, _power_of_two(len(output.sample_prompts))),
+            prompt=max(SMALLEST_BUCKET, _power_of_two(prompt)),
+            new=max(SMALLEST_BUCKET, _power_of_two(output.sample_max_new_tokens)),
+        )
+
+    return _answered(plan, output, taken)
+
+
+def _power_of_two(number: int) -> int:
+    """Of at least so many; lorajax.generation has programs for such."""
+    return 1 << (number - 1).bit_length()
+
+
+def plan_answers(
+    plan: Plan, output: OutputConfig, tokenizer: PreTrainedTokenizerFast, model: Decoder
+) -> tuple[Plan, int]:
     """How many of output.sample_prompts are answered at a time, so that they fit beside weights and state.
 
     Returns:
@@ -110,23 +205,34 @@ def plan_answers(plan: Plan, inputs: Inputs, model: Decoder) -> tuple[Plan, int]
     Raises:
         UserError: not even one prompt's answer fits.
     """
-    output, at_once = inputs.config.output, ANSWERED_AT_ONCE
-    while True:
-        taken = answering_memory(
+
+    def taken(at_once: int) -> int:
+        return answering_memory(
             model,
-            inputs.tokenizer,
+            tokenizer,
             output.sample_prompts,
             max_new_tokens=output.sample_max_new_tokens,
             batch_size=at_once,
         )
-        plan = plan.beside("generation", taken)
+
+    return _answered(plan, output, taken)
+
+
+def _answered(plan: Plan, output: OutputConfig, taken: Callable[[int], int]) -> tuple[Plan, int]:
+    """With as many prompts at a time as fit; `taken`: their number -> bytes beside weights and state."""
+    at_once = ANSWERED_AT_ONCE
+    while True:
+        size = taken(at_once)
+        plan = plan.beside("generation", size)
         if plan.others["generation"] <= plan.budget:
             return plan, at_once
         if at_once == 1:
+            ceiling = plan.ceilings[0]
+            raised = ", or raise memory.budget" if ceiling is None or ceiling > plan.budget else ""
             raise UserError(
-                f"answering output.sample_prompts takes {gib(taken)} beside weights and state "
-                f"({gib(plan.fixed)}), the budget is {gib(plan.budget)}; shorten them, lower "
-                "output.sample_max_new_tokens, or raise memory.budget"
+                f"answering one of output.sample_prompts takes {gib(size)} beside weights and state "
+                f"({gib(plan.fixed)}), the budget is {gib(plan.budget)}; shorten them, or lower "
+                f"output.sample_max_new_tokens, which is {output.sample_max_new_tokens}{raised}"
             )
         at_once //= 2
 
@@ -148,6 +254,7 @@ def planned(run: R, model: Decoder) -> tuple[Plan | None, R]:
     if budget is None:
         if memory.budget is not None:
             raise UserError("memory.budget is for GPUs, and there is none; set it to null")
+        check_offload(memory.checkpointing, offloads=offloads(), kind="this machine, which has no GPU,")
         if memory.checkpointing != "auto":
             return None, run
         layout = Layout(config.train.per_device_train_batch_size, "none", memory.mlp_chunks or 1)
@@ -159,5 +266,8 @@ def planned(run: R, model: Decoder) -> tuple[Plan | None, R]:
         device=current_device(),
         budget=budget,
         host_budget=host_limit(memory.host_budget),
+        # With a budget JAX' allocator has no more than that.
+        ceilings=(budget if memory.budget is None else None, host_limit(None)),
+        devices=jax.local_device_count(),
     )
     return plan, dataclasses.replace(run, planned=plan.chosen.layout)

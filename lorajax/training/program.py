@@ -146,21 +146,24 @@ def compile_planned(
         layout = run.layout._replace(rows=rows, mlp_chunks=mlp_chunks)
         return compile_evaluation(dataclasses.replace(run, planned=layout), graph, state, frozen)
 
-    def compiled(layout: Layout) -> tuple[Program, int]:
+    def compiled(layout: Layout) -> tuple[Program, Memory]:
         program = compile_step(dataclasses.replace(run, planned=layout), graph, state, frozen)
         if evaluates:
             evaluate, memory = evaluation(layout.rows, layout.mlp_chunks)
-            most = max(program.memory.temporaries, memory.temporaries)
-            together = dataclasses.replace(program.memory, temporaries=most)
-            program = Program(program.step, together, evaluate, memory)
-        return program, program.memory.total
+            program = Program(program.step, with_evaluation(program.memory, memory), evaluate, memory)
+        return program, program.memory
 
     if plan is None:
         return run, compiled(run.layout)[0], None
-    plan, program = settle(plan, compiled, may_choose=run.config.memory.checkpointing == "auto")
+    plan, program = settle(plan, compiled)
     if program.evaluation is not None:
         plan = plan.beside("evaluation", program.evaluation.temporaries)
     return dataclasses.replace(run, planned=plan.chosen.layout), program, plan
+
+
+def with_evaluation(step: Memory, evaluation: Memory) -> Memory:
+    """The most that either takes."""
+    return dataclasses.replace(step, temporaries=max(step.temporaries, evaluation.temporaries))
 
 
 def batch_shapes(run: RunShape, *, micro_batches: int | None = None) -> Batch:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import jax
@@ -10,14 +12,15 @@ import pytest
 from lorajax_kernels import choose_attention, choose_lora, device
 from lorajax_kernels.triton_call import load_kernels, triton_call
 
+from lorajax.command import run_command
 from lorajax.config import load_config
 from lorajax.errors import UserError
 from lorajax.memory import elsewhere
 from lorajax.memory.elsewhere import Compiled, Failed, Variant, compile_elsewhere, compile_variants
-from lorajax.memory.plan import refusal
 from lorajax.memory.policy import LayerPolicy, Layout, Policy
 from lorajax.memory.targets import find_target
 from lorajax.plan import main
+from lorajax.training import planning
 from lorajax.training.planning import plan_memory
 
 HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
@@ -219,19 +222,123 @@ def test_a_budget_below_the_weights_is_refused(config_of):
 
 def test_offloading_without_host_memory_is_refused(config_of):
     config = config_of(memory__checkpointing="offload", memory__host_budget="1MiB")
-    plan = plan_memory(config, "l4", compiles=False)
-    assert not plan.fits(plan.chosen)
+    with pytest.raises(
+        UserError, match=r"offload: a step takes .* and 0.01G of host memory, over memory.host_budget"
+    ):
+        plan_memory(config, "l4", compiles=False)
 
 
 def test_what_is_asked_for_and_does_not_fit_is_answered_with_what_does(config_of):
-    config = config_of(
-        memory__checkpointing="none", memory__budget="120MiB", train__per_device_train_batch_size=8
+    settings = {"memory__budget": "120MiB", "train__per_device_train_batch_size": 8}
+    with pytest.raises(
+        UserError, match=r"checkpointing none: a step takes .* \(estimated\), over memory.b"
+    ) as error:
+        plan_memory(config_of(memory__checkpointing="none", **settings), "l4", compiles=False)
+    lines = [line.split(" tokens/s: ")[1] for line in str(error.value).splitlines()[1:]]
+    assert len(lines) == 3 and lines[0] == "--memory.checkpointing auto"
+    for flags in lines:
+        flag, value = shlex.split(flags)
+        given = {flag[2:].replace(".", "__"): value}
+        config = config_of(**({"memory__checkpointing": "none"} | settings | given))
+        plan = plan_memory(config, "l4", compiles=False)
+        assert plan.most <= plan.budget
+
+
+def test_an_estimate_that_does_not_fit_ends_with_an_error(config_of, monkeypatch, tmp_path, capsys):
+    config_of()
+    arguments = [f"--model.path={tmp_path}", "--data.path=x.jsonl", "--output.output_dir=none"]
+    arguments += ["--data.max_length=1024", "--memory.checkpointing=none", "--budget=60MiB"]
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments, "--device=l4", "--estimate"])
+    assert run_command(main) == 2
+    assert "error: memory.checkpointing none: a step takes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_answers_that_do_not_fit_are_refused(compiles, config_of, monkeypatch):
+    def plan(new, prompts):
+        config = config_of(
+            memory__budget="120MiB",
+            output__sample_prompts=json.dumps(["a question"] * prompts),
+            output__sample_max_new_tokens=new,
+        )
+        return plan_memory(config, "l4", compiles=compiles)
+
+    monkeypatch.setattr(planning, "compile_elsewhere", lambda *_: Compiled(30 * 2**20, 2**20, 0, 1.0))
+    monkeypatch.setattr(planning, "answering_bytes", lambda *_, rows, new, **__: rows * new * 2**15)
+    # 128 MiB for eight, but a run answers four at a time then.
+    small, large = plan(512, 4).others["generation"], plan(512, 8).others["generation"]
+    assert 64 * 2**20 < small == large <= 120 * 2**20
+    message = (
+        r"answering one of output.sample_prompts takes 0.1\dG .*output.sample_max_new_tokens, which is 4000"
     )
-    plan = plan_memory(config, "l4", compiles=False)
-    assert plan.chosen.layout.rows == 8 and not plan.fits(plan.chosen)
-    lines = refusal(plan).splitlines()
-    assert len(lines) > 2 and "What fits:" in lines[0]
-    assert all("--memory.checkpointing auto --train.per_device_train" in line for line in lines[1:])
+    with pytest.raises(UserError, match=message):
+        plan(4000, 8)
+
+
+def test_an_evaluation_counts_before_a_layout_is_settled_on(config_of, monkeypatch):
+    """That of more than one row does not fit."""
+    compiled = []
+
+    def compile_elsewhere(config, target, variant):
+        compiled.append((variant.layout.rows, variant.evaluates))
+        temporaries = 40 * variant.layout.rows if variant.evaluates else 1
+        return Compiled(30 * 2**20, temporaries * 2**20, 0, 1.0)
+
+    monkeypatch.setattr(planning, "compile_elsewhere", compile_elsewhere)
+    settings = {"memory__budget": "72MiB", "data__eval_fraction": 0.1}
+    plan = plan_memory(config_of(**settings), "l4")
+    assert plan.chosen.layout.rows == 1 and compiled.count((1, True)) == 1
+    assert plan.taken == 70 * 2**20 and plan.others["evaluation"] == plan.fixed + 40 * 2**20
+    with pytest.raises(
+        UserError, match=r"checkpointing full: a step takes 0.19G .* \(compiled\), over memory.budget"
+    ):
+        plan_memory(config_of(**settings, memory__checkpointing="full"), "l4")
+
+
+def test_the_estimate_is_printed_before_anything_is_compiled(config_of, monkeypatch, tmp_path, capsys):
+    config_of()
+    seen = []
+
+    def compile_elsewhere(*_):
+        seen.append(capsys.readouterr().out)
+        return Compiled(30 * 2**20, 2**20, 2**10, 1.0)
+
+    monkeypatch.setattr(planning, "compile_elsewhere", compile_elsewhere)
+    arguments = [f"--model.path={tmp_path}", "--data.path=x.jsonl", "--output.output_dir=none", "--device=l4"]
+    assert main([*arguments, "--data.max_length=1024"]) == 0
+    assert "(estimated)" in seen[0] and "Estimated, before it is compiled:" in seen[0]
+    out = capsys.readouterr().out
+    assert "(compiled)" in out and "(estimated)" not in out and "What else there is" in out
+
+
+@pytest.mark.parametrize(
+    "picture, message",
+    [
+        ("none/plan.png", "plan.png cannot be drawn: there is no folder .*none; make it first"),
+        ("plan.docx", "plan.docx cannot be drawn: it must end in one of .*png"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_refused_at_once(picture, message, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(planning, "plan_memory", lambda *_, **__: pytest.fail("planned"))
+    arguments = [f"--model.path={tmp_path}", "--data.path=x.jsonl", "--output.output_dir=none", "--device=l4"]
+    with pytest.raises(UserError, match=message):
+        main([*arguments, "--plot", str(tmp_path / picture)])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"data__max_length": 4097}, "data.max_length is 4097, but the model's context is 4096 tokens"),
+        (
+            {"output__sample_prompts": "[a]", "output__sample_max_new_tokens": 4096},
+            "output.sample_max_new_tokens is 4096, but the model's context is 4096 tokens",
+        ),
+    ],
+)
+def test_what_the_model_does_not_take_is_not_planned(settings, message, config_of):
+    with pytest.raises(UserError, match=message):
+        plan_memory(config_of(**settings), "l4", compiles=False)
 
 
 def test_without_a_gpu_one_has_to_be_named(config_of):

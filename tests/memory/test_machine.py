@@ -1,6 +1,8 @@
 """What a run may take, and the rates that are measured once."""
 
 import json
+import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +52,93 @@ def test_a_cpu_has_no_gpu_memory_and_half_of_its_free_memory_for_activations():
     assert machine.host_limit("1MiB") <= 2**20
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus((limit, in use), ...): GPUs whose allocators say so."""
+
+    def gpus(*sizes):
+        devices = [
+            SimpleNamespace(
+                memory_stats=lambda limit=limit, held=held: {"bytes_limit": limit, "bytes_in_use": held}
+            )
+            for limit, held in sizes
+        ]
+        monkeypatch.setattr(machine.jax, "local_devices", lambda: devices)
+        monkeypatch.setattr(machine.jax, "default_backend", lambda: "gpu")
+
+    return gpus
+
+
+def test_what_other_arrays_hold_of_a_gpu_is_not_the_runs(gpus, caplog):
+    with caplog.at_level(logging.WARNING, "lorajax"):
+        gpus((100 * GIB, 0))
+        assert machine.gpu_limit(None) == 98 * GIB
+        gpus((100 * GIB, 2**20))
+        assert machine.gpu_limit(None) == 98 * GIB - 2**20 and machine.gpu_limit("8GiB") == 8 * GIB
+        gpus((100 * GIB, 30 * GIB))
+        assert machine.gpu_limit("68GiB") == 68 * GIB == machine.gpu_limit("67GiB") + GIB
+        assert [record.message[:9] for record in caplog.records] == ["30.00 GiB"]
+        assert machine.gpu_limit(None) == machine.gpu_limit("80GiB") == 68 * GIB
+    assert len(caplog.records) == 3
+    assert "held by other arrays of this process" in caplog.text and "more than 68.00 GiB" in caplog.text
+
+
+def test_the_fullest_gpu_decides(gpus):
+    gpus((100 * GIB, 0), (100 * GIB, 50 * GIB), (90 * GIB, 0))
+    assert machine.gpu_limit(None) == 48 * GIB
+    gpus((10 * GIB, 10 * GIB), (10 * GIB, 0))
+    assert machine.gpu_limit(None) == 0
+
+
+@pytest.fixture
+def host(tmp_path):
+    """host({name: text}) -> free bytes of a host of 8 GiB with such files in /proc and of cgroups."""
+
+    def free(files):
+        for name, text in {"proc/meminfo": "MemAvailable: 8388608 kB\n", **files}.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return machine._free_host_memory(tmp_path / "proc", tmp_path / "cgroup")
+
+    return free
+
+
+def test_without_limits_host_memory_is_the_machines(host):
+    assert host({}) == 8 * GIB
+    files = {"cgroup/memory.max": "max\n", "cgroup/memory.current": "1073741824\n"}
+    assert host({"proc/self/cgroup": "0::/\n", **files}) == 8 * GIB
+    assert host({"proc/self/cgroup": "0::/gone\n1:cpu:/\n"}) == 8 * GIB
+
+
+def test_a_containers_limit_bounds_host_memory(host):
+    files = {
+        "proc/self/cgroup": "0::/\n",
+        "cgroup/memory.max": f"{4 * GIB}\n",
+        "cgroup/memory.current": f"{GIB}\n",
+    }
+    assert host(files) == 3 * GIB
+    assert host({"cgroup/memory.stat": f"anon 5\ninactive_file {GIB // 2}\n"}) == 3.5 * GIB
+    assert host({"cgroup/memory.current": f"{5 * GIB}\n"}) == 0
+    assert host({"cgroup/memory.max": f"{64 * GIB}\n"}) == 8 * GIB
+
+
+def test_a_limit_above_the_process_group_counts(host):
+    job = "cgroup/slurm/job"
+    files = {"proc/self/cgroup": "0::/slurm/job/step\n", f"{job}/memory.max": f"{2 * GIB}\n"}
+    assert host({**files, f"{job}/memory.current": "0\n", f"{job}/step/memory.max": "max\n"}) == 2 * GIB
+
+
+def test_control_groups_of_version_1_count(host):
+    files = {
+        "proc/self/cgroup": "5:cpu:/other\n4:hugetlb,memory:/docker/abc\n0::/\n",
+        # A container sees its own group as the root.
+        "cgroup/memory/memory.limit_in_bytes": f"{2 * GIB}\n",
+        "cgroup/memory/memory.usage_in_bytes": f"{GIB}\n",
+        "cgroup/memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB // 4}\n",
+    }
+    assert host(files) == 1.25 * GIB
+
+
 def test_rates_are_measured_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calls = []
@@ -71,14 +160,27 @@ def test_rates_are_measured_once_and_kept(monkeypatch, tmp_path):
 def test_rates_are_measured_within_the_memory_there_is_and_only_kept_at_full_size(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(machine, "measure_rates", lambda matrix, copied: Rates(matrix, copied, 1.0))
-    monkeypatch.setattr(machine, "gpu_limit", lambda budget: GIB // 2)
+    monkeypatch.setattr(machine, "_gpu_memory_left", lambda: (GIB // 2, 0))
     assert machine.machine_rates() == Rates(8192, 2**26, 1.0)
-    monkeypatch.setattr(machine, "gpu_limit", lambda budget: GIB // 16)
+    monkeypatch.setattr(machine, "_gpu_memory_left", lambda: (GIB // 16, 0))
     assert machine.machine_rates() == Rates(2048, 2**23, 1.0)
+    monkeypatch.setattr(machine, "_gpu_memory_left", lambda: (0, 80 * GIB))
+    assert min(machine.machine_rates().flops, machine.machine_rates().memory) > 0
     assert not (tmp_path / "lorajax" / "rates.json").exists()
-    monkeypatch.setattr(machine, "gpu_limit", lambda budget: 80 * GIB)
+    monkeypatch.setattr(machine, "_gpu_memory_left", lambda: (80 * GIB, 0))
     assert machine.machine_rates() == Rates(8192, 2**28, 1.0)
     assert (tmp_path / "lorajax" / "rates.json").exists()
+
+
+def test_machines_that_share_a_home_have_their_own_rates(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    links = {"one": 1e10, "two": 5e10}
+    for name, link in links.items():
+        monkeypatch.setattr(machine.platform, "node", lambda name=name: name)
+        monkeypatch.setattr(machine, "measure_rates", lambda link=link, **sizes: Rates(1e12, 2e11, link))
+        assert machine.machine_rates().link == link
+    monkeypatch.setattr(machine.platform, "node", lambda: "one")
+    assert machine.machine_rates().link == 1e10  # kept, though another was measured since
 
 
 def test_rates_can_be_measured_here():

@@ -4,17 +4,35 @@ import dataclasses
 import functools
 import json
 import re
+import shlex
 import statistics
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorajax.config import parse_size
 from lorajax.errors import UserError
-from lorajax.memory.plan import Plan, choose_again, describe, refusal, settle, thinned
+from lorajax.lora.adapter import outline_lora
+from lorajax.lora.config import LoRAConfig
+from lorajax.memory.analysis import Memory
+from lorajax.memory.costs import workload
+from lorajax.memory.plan import (
+    Plan,
+    accepted,
+    choose_again,
+    describe,
+    front,
+    refusal,
+    settle,
+    shortened,
+    thinned,
+)
 from lorajax.memory.planner import LEAST_CHUNK, estimate, estimates, micro_batch_counts
 from lorajax.memory.policy import ACTIVATIONS, LayerPolicy, Layout, Policy
+from lorajax.models.checkpoint import outline
 
 pytestmark = pytest.mark.slow  # and plain arithmetic, whatever JAX there is
 
@@ -91,8 +109,13 @@ def test_gradients_on_the_host_are_counted_there(problem):
     some = problem("8b", rows=4, length=4096)
     here, there = (estimate(some, Layout(4, kept)) for kept in ({"block_input": "offload"}, AWAY))
     gradients = 4 * some.workload(4).trainable
-    assert there.host - here.host == gradients
     assert here.device.total - there.device.total == gradients
+    # A layer's is smaller than its input, whose place it takes.
+    assert there.host == here.host == 31 * some.workload(4).activation_bytes["block_input"]
+    few = problem("8b", rows=1, length=256)
+    here, there = (estimate(few, Layout(1, kept)) for kept in ({"block_input": "offload"}, AWAY))
+    # It is larger: when all inputs are back, those of all layers but the first are there.
+    assert there.host == gradients // 32 * 31 > here.host
 
 
 @pytest.mark.parametrize("rows, away", [(1, False), (2, False), (4, True)])
@@ -128,16 +151,21 @@ def test_no_option_is_beaten_in_time_and_memory(problem):
 
 @pytest.fixture(scope="module")
 def plan_of(problem):
-    """plan_of("1b", rows=8, length=2048, budget=..., host=...), in GiB."""
+    """plan_of("1b", rows=8, length=2048, budget=..., host=..., asked=...), in GiB; accepted if it is auto."""
 
     @functools.cache
     def options_of(name, **sizes):
         some = problem(name, **sizes)
-        return some.workload(some.rows).tokens, estimates(some)
+        return some, estimates(some)
 
-    def plan_of(name, *, budget, host=64, **sizes):
-        tokens, options = options_of(name, **sizes)
-        return choose_again(Plan("H200", int(budget * GIB), int(host * GIB), tokens, options, options[0]))
+    def plan_of(name, *, budget, host=64, asked="auto", **sizes):
+        some, options = options_of(name, **sizes)
+        tokens = some.workload(some.rows).tokens
+        budgets = int(budget * GIB), int(host * GIB)
+        plan = Plan("H200", *budgets, tokens, options, options[0], asked=asked, problem=some)
+        if asked == "auto":
+            return choose_again(plan)
+        return dataclasses.replace(plan, chosen=estimate(some, Layout(some.rows, asked)))
 
     return plan_of
 
@@ -197,13 +225,13 @@ def test_a_device_without_pinned_host_memory_offloads_nothing(plan_of):
 def test_the_compiled_step_corrects_the_estimates(plan_of):
     plan = plan_of("1b", rows=8, length=2048, budget=8)
     off = 300 * 2**20
-    checked = plan.checked(plan.chosen.device.total + off)
+    checked = plan.checked(Memory(plan.chosen.device.total, off, 0))
     assert checked.compiled == checked.chosen.device.total == plan.chosen.device.total + off
     for before, after in zip(plan.options, checked.options, strict=True):
         # As many rows are as far off, more rows are further off.
         moved = off * before.layout.rows // plan.chosen.layout.rows
         assert after.layout == before.layout and after.device.total == before.device.total + moved
-    too_much = plan.checked(9 * GIB)
+    too_much = plan.checked(Memory(9 * GIB, 0, 0))
     assert not too_much.fits(too_much.chosen)
     again = choose_again(too_much)
     assert again.fits(again.chosen) and again.chosen.seconds >= plan.chosen.seconds
@@ -211,9 +239,11 @@ def test_the_compiled_step_corrects_the_estimates(plan_of):
 
 def test_what_has_been_compiled_is_known_and_moves_its_own_rows_alone(plan_of):
     plan = plan_of("1b", rows=8, length=2048, budget=8)
-    first = plan.checked(plan.chosen.device.total + 300 * 2**20)
+    first = plan.checked(Memory(plan.chosen.device.total, 300 * 2**20, 0))
     other = next(each for each in first.options if each.layout.rows != plan.chosen.layout.rows)
-    second = dataclasses.replace(first, chosen=other).checked(other.device.total - 100 * 2**20)
+    second = dataclasses.replace(first, chosen=other).checked(
+        Memory(other.device.total, -100 * 2**20, other.host)
+    )
     assert second.sizes == {plan.chosen.layout: first.taken, other.layout: second.taken}
     for before, after in zip(first.options, second.options, strict=True):
         if before.layout.rows == plan.chosen.layout.rows:
@@ -229,39 +259,161 @@ def test_a_plan_settles_on_a_layout_that_fits_and_leaves_little(plan_of, error, 
     """The estimates being off by a share of what is beside weights and state, at any layout."""
     plan = plan_of("1b", rows=8, length=2048, budget=8)
     true = {each.layout: each.device.total + int(error * sum(each.device[3:])) for each in plan.options}
+    hosts = {each.layout: each.host for each in plan.options}
     tried = []
 
     def compiled(layout):
         tried.append(layout)
-        return layout, true[layout]
+        return layout, Memory(true[layout], 0, hosts[layout])
 
-    settled, program = settle(plan, compiled, may_choose=True)
+    settled, program = settle(plan, compiled)
     assert program == settled.chosen.layout and settled.compiled == true[program] <= 8 * GIB
     assert len(tried) == len(set(tried)) <= layouts
     best = min(each.seconds for each in plan.options if true[each.layout] <= 8 * GIB)
     assert best / settled.chosen.seconds >= least
 
 
-def test_a_named_layout_is_compiled_once_and_refused_if_it_does_not_fit(problem, plan_of):
-    plan = plan_of("1b", rows=8, length=2048, budget=8)
-    asked = dataclasses.replace(plan, chosen=estimate(problem("1b", rows=8, length=2048), Layout(8, "none")))
-    settled, _ = settle(asked, lambda layout: (None, 7 * GIB), may_choose=False)
+def test_a_named_layout_is_compiled_once_and_refused_if_it_does_not_fit(plan_of):
+    asked = plan_of("1b", rows=8, length=2048, budget=8, asked="none")
+    settled, _ = settle(asked, lambda layout: (None, Memory(7 * GIB, 0, 0)))
     assert settled.chosen.layout.rows == 8 and settled.taken == 7 * GIB
-    with pytest.raises(UserError, match=r"a step takes 9.00G of H200"):
-        settle(asked, lambda layout: (None, 9 * GIB), may_choose=False)
+    with pytest.raises(
+        UserError, match=r"checkpointing none: a step takes 9.00G of H200 \(compiled\), over memory.budget, 8"
+    ):
+        settle(asked, lambda layout: (None, Memory(9 * GIB, 0, 0)))
 
 
-def test_refusals_say_what_is_missing_and_what_fits(problem, plan_of):
+def test_the_host_memory_of_the_compiled_step_counts(plan_of):
+    plan = plan_of("1b", rows=8, length=2048, budget=5, host=1)
+    chosen = plan.chosen
+    assert 0 < chosen.host <= GIB
+    checked = plan.checked(Memory(chosen.device.total, 0, 2 * chosen.host))
+    assert checked.chosen.host == 2 * chosen.host and not checked.fits(checked.chosen)
+    for before, after in zip(plan.options, checked.options, strict=True):
+        assert after.host == pytest.approx(2 * before.host, abs=1)
+    again = choose_again(checked)
+    assert again.chosen.host <= GIB and again.chosen.layout != chosen.layout
+
+
+def test_a_step_that_takes_more_host_memory_than_there_is_is_refused(plan_of):
+    asked = plan_of("1b", rows=8, length=2048, budget=16, host=1, asked="offload")
+    assert accepted(asked) is asked
+    asked = dataclasses.replace(asked, devices=2)
+    with pytest.raises(UserError, match=r"and 2.00G of host memory, over memory.host_budget, 1.00G") as error:
+        settle(asked, lambda layout: (None, Memory(4 * GIB, 0, 2 * GIB)))
+    assert "--memory.host_budget 4.00GiB" in str(error.value)  # for both
+
+
+def test_refusals_say_what_is_missing(plan_of):
     shape = {"rows": 8, "length": 2048}
     with pytest.raises(UserError, match=r"weights, adapters and optimizer alone take 2.55G of H200.*budget"):
         plan_of("1b", **shape, budget=2)
-    with pytest.raises(UserError, match=r"nothing fits 2.60G of H200 and 0.00G of host memory: the smallest"):
+    with pytest.raises(
+        UserError, match=r"nothing fits 2.60G of H200 and 0.00G of host memory: memory.budget is"
+    ):
         plan_of("1b", **shape, budget=2.6, host=0)
+
+
+def test_a_refusal_blames_the_budget_that_is_short(plan_of):
+    """The smallest layout without host memory takes more than that with it."""
+    shape = {"rows": 4, "length": 4096}
+    options = plan_of("8b", **shape, budget=75).options
+    smallest = min(each.device.total for each in options)
+    here = min(each.device.total for each in options if not each.host)
+    between = (smallest + here) / 2 / GIB
+    with pytest.raises(UserError, match="memory.host_budget is short") as error:
+        plan_of("8b", **shape, budget=between, host=0)
+    assert f"the smallest layout within it takes {here / GIB:.2f}G, one of" in str(error.value)
+    with pytest.raises(UserError, match="memory.budget is short"):
+        plan_of("8b", **shape, budget=(smallest - 2**24) / GIB, host=64)
+
+
+def offered(message):
+    """Of a refusal's lines: (GiB, GiB of host memory, tokens/s, settings)."""
+    found = []
+    for line in message.splitlines()[1:]:
+        sizes, flags = line.split(": ", 1)
+        sizes = [float(size) for size in re.findall(r"([0-9.]+)G", sizes)]
+        words = shlex.split(flags.partition(" (where")[0])
+        speed = int(re.search(r"about ([\d,]+) tokens/s", line)[1].replace(",", ""))
+        settings = dict(zip(words[::2], words[1::2], strict=True))
+        found.append((sizes[0], sizes[1] if len(sizes) > 1 else 0, speed, settings))
+    return found
+
+
+@pytest.mark.parametrize(
+    "asked, budget, host, settings",
+    [
+        ("none", 8, 64, ["checkpointing", "checkpointing", "budget"]),
+        ({"gate": "save", "up": "offload"}, 4, 64, ["checkpointing", "checkpointing", "budget"]),
+        ("offload", 8, 0.1, ["checkpointing", "checkpointing", "host_budget"]),
+        ("none", 2.9, 0, ["budget", "max_length"]),
+        ("auto", 2.9, 0, ["budget", "max_length"]),
+        ("auto", 3, 0.01, ["budget", "host_budget", "max_length"]),
+    ],
+)
+def test_each_line_of_a_refusal_is_true(asked, budget, host, settings, plan_of):
+    shape, had = {"rows": 8, "length": 2048}, {"budget": budget, "host": host}
+    with pytest.raises(UserError) as error:
+        accepted(plan_of("1b", **shape, **had, asked=asked))
+    lines = offered(str(error.value))
+    assert [name for *_, flags in lines for name in flags] == [
+        f"--{'data' if name == 'max_length' else 'memory'}.{name}" for name in settings
+    ]
+    for size, away, speed, flags in lines:
+        now = dict(had)
+        for name, key in (("--memory.budget", "budget"), ("--memory.host_budget", "host")):
+            if name in flags:
+                now[key] = parse_size(flags[name]) / GIB
+        kept = flags.get("--memory.checkpointing", asked)
+        kept = yaml.safe_load(kept) if isinstance(kept, str) else kept
+        length = int(flags.get("--data.max_length", 2048))
+        plan = accepted(plan_of("1b", rows=8, length=length, **now, asked=kept))
+        assert plan.tokens_per_second(plan.chosen) > speed - 1
+        if asked != "auto" or "--data.max_length" in flags:  # with more memory it may choose something faster
+            assert plan.taken / GIB == pytest.approx(size, abs=0.006)
+            assert plan.chosen.host / GIB == pytest.approx(away, abs=0.006)
+
+
+def test_what_is_offered_is_the_least_and_the_fastest(plan_of):
+    shape = {"rows": 8, "length": 2048, "asked": "none"}
     plan = plan_of("1b", **shape, budget=8)
-    asked = dataclasses.replace(plan, chosen=estimate(problem("1b", **shape), Layout(8, "none")))
-    lines = refusal(asked).splitlines()
-    assert lines[0].startswith("a step takes 15.") and len(lines) == 4
-    assert "--train.per_device_train_batch_size 4 --train.gradient_accumulation_steps 2" in lines[1]
+    auto, named, raised = offered(refusal(plan))
+    assert named[-1]["--memory.checkpointing"].startswith("{") and 5 < named[0] <= 8  # full takes 4.7
+    needed = parse_size(raised[-1]["--memory.budget"])
+    assert plan.taken <= needed < plan.taken + 0.011 * GIB
+    assert auto[0] <= 8
+    _, named, _ = offered(refusal(plan_of("1b", **shape, budget=4.8, host=0)))
+    assert named[-1] == {"--memory.checkpointing": "full"}  # and not {block_input: save}
+
+
+def test_no_more_memory_is_offered_than_there_is(plan_of):
+    plan = plan_of("1b", rows=8, length=2048, budget=8, asked="none")
+    least = dataclasses.replace(plan, ceilings=(plan.taken, None))
+    assert "--memory.budget" in refusal(least) and "(where" not in refusal(least)
+    assert "(where the GPU can give it)" in refusal(plan)
+    less = dataclasses.replace(plan, ceilings=(plan.taken - 1, None))
+    assert "--memory.budget" not in refusal(less) and "--data.max_length 512" in refusal(less)
+
+
+def test_what_is_offered_is_corrected_by_what_was_compiled(problem, plan_of):
+    plan, off = plan_of("1b", rows=8, length=2048, budget=8, asked="none"), 2**30
+    before = offered(refusal(plan))
+    checked = plan.checked(Memory(plan.taken, off, 0))
+    after = offered(refusal(checked))
+    assert after[2][0] == pytest.approx(before[2][0] + 1, abs=0.011)
+    for (size, *_), found in zip(after[:2], before[:2], strict=True):
+        assert size <= 8 and found[0] + 1 > 8  # what fitted before does not
+    # The same policy for half as many tokens is off by half as much.
+    shorter = offered(refusal(dataclasses.replace(checked, ceilings=(0, 0), budget=10 * GIB)))[2]
+    half = estimate(problem("1b", rows=8, length=1024), Layout(8, "none")).device.total
+    assert shorter[-1] == {"--data.max_length": "1024"}
+    assert shorter[0] == pytest.approx((half + off / 2) / GIB, abs=0.006)
+
+
+def test_shorter_rows_are_another_problem(problem):
+    found, asked = shortened(problem("1b", rows=8, length=2048), 512), problem("1b", rows=8, length=512)
+    assert found.workload(4) == asked.workload(4)
 
 
 def test_a_plan_reads_as_a_table(plan_of):
@@ -271,6 +423,29 @@ def test_a_plan_reads_as_a_table(plan_of):
     assert re.match(r"(4\.\d\d|5\.00)G of 5\.00G \(estimated\)", lines["GPU memory"])
     table = plan.frontier().splitlines()
     assert len(table) <= 13 and "over the budget" in table[1] and "over the budget" not in table[-1]
+    assert [line.endswith("chosen") for line in table].count(True) == 1
+
+
+@pytest.mark.parametrize("budget, host", [(5, 64), (40, 64), (18, 1), (4, 1), (3.5, 0)])
+def test_the_frontier_agrees_with_the_plan(budget, host, plan_of):
+    plan = plan_of("1b", rows=8, length=2048, budget=budget, host=host)
+    shown = plan.shown(12)
+    assert shown.count(plan.chosen) == 1 and len(shown) <= 12
+    fitting = [option for option in shown if plan.fits(option)]
+    assert len(fitting) >= min(6, len(front(option for option in plan.options if plan.fits(option))))
+    assert min(option.seconds for option in fitting) == plan.chosen.seconds
+    for option, line in zip(shown, plan.frontier().splitlines()[1:], strict=True):
+        assert ("over the budget" in line) == (option.device.total > budget * GIB)
+        assert ("over the host's" in line) == (option.host > host * GIB)
+        assert ("chosen" in line) == (option == plan.chosen)
+
+
+def test_a_layout_that_was_asked_for_is_in_the_frontier(plan_of):
+    plan = plan_of("1b", rows=8, length=2048, budget=8, asked="full")
+    assert plan.chosen not in plan.options and plan.chosen in plan.shown(12)
+    plan = plan_of("1b", rows=8, length=2048, budget=8, asked="none")
+    assert plan.lines()["GPU memory"].startswith("15.64G of 8.00G (estimated, over the budget): ")
+    assert plan.frontier().splitlines()[1].endswith("chosen  over the budget")
 
 
 def test_activations_are_described_by_what_becomes_of_them():
@@ -285,6 +460,29 @@ def test_activations_are_described_by_what_becomes_of_them():
 
 def test_a_thinned_frontier_keeps_its_ends(problem):
     options = estimates(problem("1b", rows=8, length=2048))
-    few = thinned(options, 6)
-    assert len(few) <= 6 and few[0].seconds == options[0].seconds
+    few = thinned(front(options), 6)
+    assert len(set(each.device.total for each in few)) == 6 and few[0].seconds == options[0].seconds
     assert few[-1].device.total == min(option.device.total for option in options)
+
+
+@pytest.mark.parametrize(
+    "name, row",
+    [
+        pytest.param(name, row, id=row["case"])
+        for name, rows in MEASURED.items()
+        for row in rows
+        if row["host_gib"]
+    ],
+)
+def test_host_memory_is_estimated_as_the_compiled_step_takes_it(name, row, problem):
+    assert estimate_of(row, problem).host / GIB == pytest.approx(row["host_gib"], abs=0.006)  # as rounded
+
+
+def test_adapters_of_some_layers_count_as_if_all_had_them(write_llama, tmp_path):
+    folder = write_llama(tmp_path, num_hidden_layers=3)
+    model = outline(folder, dtype="bfloat16")
+    outline_lora(model, LoRAConfig(rank=4, target_modules=r".*\.[12]\.mlp\..*"))
+    work = workload(model, weights=0, trainable=0, rows=1, length=8, context=8)
+    assert work.ranks == {
+        name: 4 if name in ("gate_proj", "up_proj", "down_proj") else 0 for name in work.widths
+    }

@@ -39,6 +39,14 @@ def test_compilers_are_told_what_they_know():
     assert "cuda_compute_capability { major: 12 minor: 0 }" in find_target("rtx5090").config
 
 
+def test_xla_and_the_kernels_are_told_of_one_cudnn():
+    target = find_target("h200")
+    rest, patch = divmod(target.device.cudnn_version, 100)
+    major, minor = divmod(rest, 100)
+    assert f'dnn_version: "{major}.{minor}.{patch}"' in target.config
+    assert f"dnn_version_info {{ major: {major} minor: {minor} patch: {patch} }}" in target.config
+
+
 def test_kernels_are_chosen_for_the_real_capability():
     assert find_target("v100").device.compute_capability == (7, 0)
     assert find_target("v100").device.half_dtype == "float16"

@@ -1,7 +1,7 @@
 """What a plan counts beside the training step."""
 
 import dataclasses
-from types import SimpleNamespace
+import shutil
 
 import pytest
 
@@ -14,6 +14,7 @@ from lorajax.memory.planner import Breakdown, Estimate
 from lorajax.memory.policy import Layout, Policy
 from lorajax.sharding import data_mesh
 from lorajax.training import planning, program
+from lorajax.training.fit import fit
 from lorajax.training.inputs import RunShape
 from lorajax.training.program import Program
 
@@ -28,17 +29,16 @@ def plan():
 
 
 @pytest.fixture
-def inputs(tmp_path):
-    output = OutputConfig(output_dir=str(tmp_path), sample_prompts=["a", "b"])
-    return SimpleNamespace(config=SimpleNamespace(output=output), tokenizer=None)
+def output(tmp_path):
+    return OutputConfig(output_dir=str(tmp_path), sample_prompts=["a", "b"])
 
 
 @pytest.mark.parametrize("each, at_once", [(0.5, 8), (1, 4), (5, 1)])
-def test_as_many_prompts_are_answered_at_a_time_as_fit(each, at_once, plan, inputs, monkeypatch):
+def test_as_many_prompts_are_answered_at_a_time_as_fit(each, at_once, plan, output, monkeypatch):
     monkeypatch.setattr(
         planning, "answering_memory", lambda *_, batch_size, **__: int(each * batch_size * GIB)
     )
-    found, number = planning.plan_answers(plan, inputs, None)
+    found, number = planning.plan_answers(plan, output, None, None)
     assert number == at_once
     assert (
         found.others == {"generation": (3 + each * at_once) * GIB}
@@ -47,21 +47,42 @@ def test_as_many_prompts_are_answered_at_a_time_as_fit(each, at_once, plan, inpu
     assert "checkpoint 3.00G, generation" in found.lines()["other times"]
 
 
-def test_answers_that_do_not_fit_are_refused_before_training(plan, inputs, monkeypatch):
+def test_answers_that_do_not_fit_are_refused_before_training(plan, output, monkeypatch):
     monkeypatch.setattr(planning, "answering_memory", lambda *_, **__: 6 * GIB)
     with pytest.raises(
         UserError, match=r"sample_prompts takes 6.00G .* \(3.00G\), the budget is 8.00G; shorten"
     ):
-        planning.plan_answers(plan, inputs, None)
+        planning.plan_answers(plan, output, None, None)
 
 
-@pytest.mark.parametrize("context", [None, 100])
-def test_attention_is_planned_for_the_documents_that_there_are(context, plan, llama_folder, monkeypatch):
-    """On a GPU that is imagined."""
+@pytest.fixture
+def config_of(llama_folder):
+    """config_of(**settings): a run of a tiny Llama, on rows of 64 tokens."""
+
+    def make(**settings):
+        given = {
+            "model.path": llama_folder,
+            "data.path": "d",
+            "data.max_length": 64,
+            "output.output_dir": "o",
+        }
+        given |= {name.replace("__", "."): value for name, value in settings.items()}
+        return load_config(None, [f"--{key}={value}" for key, value in given.items()])
+
+    return make
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is imagined, of 1 GiB and as much host memory."""
     monkeypatch.setattr(planning, "gpu_limit", lambda budget: GIB)
     monkeypatch.setattr(planning, "host_limit", lambda budget: GIB)
     monkeypatch.setattr(planning, "offloads", lambda: True)
     monkeypatch.setattr(planning, "machine_rates", lambda: Rates(1e15, 4e12, 5e10))
+
+
+@pytest.mark.parametrize("context", [None, 100])
+def test_attention_is_planned_for_the_documents_that_there_are(context, plan, config_of, gpu, monkeypatch):
     found = []
     monkeypatch.setattr(planning, "make_plan", lambda problem, *_, **__: found.append(problem) or plan)
 
@@ -69,8 +90,7 @@ def test_attention_is_planned_for_the_documents_that_there_are(context, plan, ll
         pass
 
     Run.context = context
-    given = {"model.path": llama_folder, "data.path": "d", "data.max_length": 512, "output.output_dir": "o"}
-    config = load_config(None, [f"--{key}={value}" for key, value in given.items()])
+    config = config_of(data__max_length=512)
     _, run = planning.planned(Run(config=config, mesh=None, total_steps=1), outline_of(config))
     assert run.layout == plan.chosen.layout
     assert [problem.workload(1).context for problem in found] == [context or 512]
@@ -83,7 +103,7 @@ def test_the_most_of_a_plan_is_that_of_its_largest_program(plan):
     assert dataclasses.replace(plan, sizes={plan.chosen.layout: 6 * GIB}).most == 6 * GIB
 
 
-def test_an_evaluation_is_compiled_once_for_layouts_of_the_same_rows(plan, llama_folder, monkeypatch):
+def test_an_evaluation_is_compiled_once_for_layouts_of_the_same_rows(plan, config_of, monkeypatch):
     """Of three layouts the first two do not fit, one for its step, one for its evaluation; a row is GiB."""
     first, second, third = (
         dataclasses.replace(plan.chosen, layout=Layout(rows, Policy.of(kept, 2)), seconds=seconds)
@@ -101,11 +121,136 @@ def test_an_evaluation_is_compiled_once_for_layouts_of_the_same_rows(plan, llama
 
     monkeypatch.setattr(program, "compile_evaluation", compile_evaluation)
     monkeypatch.setattr(program, "compile_step", compile_step)
-    given = {"model.path": llama_folder, "data.path": "d", "data.max_length": 64, "output.output_dir": "o"}
-    config = load_config(None, [f"--{key}={value}" for key, value in given.items()])
+    config = config_of()
     run = RunShape(config=config, mesh=data_mesh(), total_steps=1)
     plan = dataclasses.replace(plan, options=[first, second, third], chosen=first)
     run, found, plan = program.compile_planned(run, plan, outline_of(config), evaluates=True)
     assert evaluations == [2, 1]
     assert found.step == run.layout == third.layout and found.evaluate == 1
     assert found.memory.total == 6 * GIB == plan.taken and plan.others == {"evaluation": 6 * GIB}
+
+
+# --- on the GPU itself, which is imagined ---
+
+
+@pytest.fixture
+def calls(gpu, monkeypatch):
+    """What planning asks of JAX and the machine, in order."""
+    calls = []
+
+    def noted(name, answer):
+        def call(*arguments, **named):
+            calls.append((name, *arguments, *named.items()) if name == "claim" else name)
+            return answer(*arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(planning, "claim_gpu_memory", noted("claim", lambda budget: None))
+    monkeypatch.setattr(planning, "use_compilation_cache", noted("cache", lambda: None))
+    monkeypatch.setattr(planning, "outline_of", noted("outline", planning.outline_of))
+    monkeypatch.setattr(planning, "data_mesh", noted("devices", planning.data_mesh))
+    return calls
+
+
+def compiled_as(monkeypatch, *, step=1, host=0, evaluation=0, answer=0):
+    """What programs are found to take, in MiB; of an evaluation for a row, of answers for a prompt."""
+    mib = 2**20
+
+    def compile_step(run, *_):
+        return Program(run.layout, Memory(0, step * mib, host * mib))
+
+    def compile_evaluation(run, *_):
+        return None, Memory(0, evaluation * run.layout.rows * mib, 0)
+
+    def answering_memory(model, tokenizer, prompts, *, batch_size, **_):
+        assert tokenizer.chat_template is not None
+        return answer * batch_size * mib
+
+    monkeypatch.setattr(program, "compile_step", compile_step)
+    monkeypatch.setattr(program, "compile_evaluation", compile_evaluation)
+    monkeypatch.setattr(planning, "answering_memory", answering_memory)
+
+
+def test_a_plan_claims_the_memory_that_a_run_claims(config_of, calls, monkeypatch):
+    compiled_as(monkeypatch)
+    plan = planning.plan_memory(config_of(memory__budget="512MiB"))
+    assert calls[:2] == [("claim", "512MiB"), "cache"] and {"outline", "devices"} <= set(calls[2:])
+    assert plan.compiled == 2**20 and plan.others == {}
+
+
+def test_a_plan_for_another_gpu_claims_nothing(config_of, calls):
+    planning.plan_memory(config_of(), "l4", compiles=False)
+    assert calls == ["outline"]
+
+
+def test_evaluation_and_answers_are_in_the_plan_of_the_gpu_itself(config_of, calls, monkeypatch):
+    compiled_as(monkeypatch, step=1, evaluation=2, answer=200)
+    config = config_of(data__eval_fraction=0.5, output__sample_prompts='["a", "b", "c", "d", "e"]')
+    plan = planning.plan_memory(config)
+    rows = plan.chosen.layout.rows
+    assert plan.compiled == plan.taken == 2 * rows * 2**20
+    assert plan.others == {
+        "evaluation": plan.fixed + 2 * rows * 2**20,
+        "generation": plan.fixed + 800 * 2**20,  # four at a time, as a run would
+    }
+    compiled_as(monkeypatch, answer=2000)
+    with pytest.raises(UserError, match="answering one of output.sample_prompts takes 1.95G"):
+        planning.plan_memory(config)
+
+
+def test_host_memory_of_the_compiled_step_is_in_the_plan(config_of, calls, monkeypatch):
+    compiled_as(monkeypatch, host=3)
+    config = config_of(memory__checkpointing="offload")
+    assert planning.plan_memory(config).chosen.host == 3 * 2**20
+    compiled_as(monkeypatch, host=1500)
+    with pytest.raises(UserError, match="1.46G of host memory, over memory.host_budget, 1.00G"):
+        planning.plan_memory(config)
+
+
+def test_answers_are_estimated_where_there_is_no_tokenizer(
+    config_of, calls, monkeypatch, tmp_path, llama_folder
+):
+    compiled_as(monkeypatch)
+    (tmp_path / "shapes").mkdir()
+    shutil.copy(llama_folder / "config.json", tmp_path / "shapes")
+    config = config_of(model__path=tmp_path / "shapes", output__sample_prompts="[a]")
+    monkeypatch.setattr(planning, "answering_bytes", lambda *_, **__: 5 * 2**20)
+    plan = planning.plan_memory(config)
+    assert plan.others == {"generation": plan.fixed + 5 * 2**20}
+
+
+# --- where there is no host memory to offload to ---
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    monkeypatch.setattr(planning, "gpu_limit", lambda budget: None)
+    monkeypatch.setattr(planning, "offloads", lambda: False)
+
+
+@pytest.mark.parametrize("asked", ["offload", "{gate: offload}", "{gradient: offload}"])
+def test_offloading_is_refused_where_there_is_nothing_to_offload_to(asked, config_of, cpu):
+    config = config_of(memory__checkpointing=asked)
+    run = RunShape(config=config, mesh=data_mesh(), total_steps=1)
+    with pytest.raises(
+        UserError, match=r"memory.checkpointing is .*offload.* no pinned host memory .*; set it to auto"
+    ):
+        planning.planned(run, outline_of(config))
+
+
+def test_a_gpu_without_pinned_host_memory_refuses_it_too(config_of, gpu, monkeypatch):
+    monkeypatch.setattr(planning, "offloads", lambda: False)
+    config = config_of(memory__checkpointing="offload")
+    run = RunShape(config=config, mesh=data_mesh(), total_steps=1)
+    with pytest.raises(UserError, match=r"memory.checkpointing is offload, .* no pinned host memory"):
+        planning.planned(run, outline_of(config))
+    config = config_of()
+    plan, _ = planning.planned(dataclasses.replace(run, config=config), outline_of(config))
+    assert plan.lines()["host memory"] == "none to offload to"
+
+
+@pytest.mark.parametrize("asked", ["auto", "none"])
+def test_auto_says_that_it_plans_for_gpus(asked, quick_config, cpu, capsys):
+    fit(quick_config(train={"max_steps": 1}, memory={"checkpointing": asked}))
+    said = "checkpointing none: auto plans for a GPU, and there is none"
+    assert (said in capsys.readouterr().out) == (asked == "auto")

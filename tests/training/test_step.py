@@ -13,6 +13,7 @@ from lorajax_kernels import device
 
 from lorajax.config import TrainConfig
 from lorajax.lora.config import LoRAConfig
+from lorajax.memory.policy import LayerPolicy, Policy
 from lorajax.models import decoder
 from lorajax.models.checkpoint import load
 from lorajax.sharding import data_mesh
@@ -185,6 +186,43 @@ def test_recomputed_and_offloaded_equal_saved(mode, micro_batches, dropout_seed,
         other_loss, other = gradient(batch, mode, checkpointing=checkpointing, dropout_seed=dropout_seed)
         assert abs(other_loss - loss) <= 1e-6 * loss
         assert difference(other, saved) <= 1e-6
+
+
+def layers(*actions, copy_span=1):
+    """The policy of two layers; one after the other, or the same for both."""
+    return Policy(tuple(map(LayerPolicy.of, actions * (3 - len(actions)))), copy_span=copy_span)
+
+
+@pytest.mark.parametrize(
+    "checkpointing",
+    [
+        layers({"gate": "save", "up": "save", "lora_hidden": "save"}),
+        layers({"block_input": "offload", "attention_output": "offload", "gradient": "offload"}),
+        layers({"block_input": "offload", "gate": "offload"}, {"query": "save"}, copy_span=2),
+    ],
+    ids=["gates kept", "much away", "layers differ"],
+)
+@pytest.mark.parametrize(
+    "micro_batches, dropout_seed", [(1, None), pytest.param(2, 5, marks=pytest.mark.slow)]
+)
+def test_every_policy_gives_one_gradient(checkpointing, micro_batches, dropout_seed, gradient):
+    batch = cut(make_batch(), micro_batches)
+    mode = "lora" if dropout_seed is None else "few"
+    loss, saved = gradient(batch, mode, dropout_seed=dropout_seed)
+    other_loss, other = gradient(batch, mode, checkpointing=checkpointing, dropout_seed=dropout_seed)
+    assert abs(other_loss - loss) <= 1e-6 * loss
+    assert difference(other, saved) <= 1e-6
+
+
+def test_where_the_arithmetic_is_the_same_gradients_are_so_bit_for_bit(gradient):
+    """Offloaded activations come back as they were; what is computed is that of `full`."""
+    batch = cut(make_batch(), 1)
+    loss, full = gradient(batch, checkpointing="full")
+    for checkpointing in ("offload", layers({"block_input": "offload"})):
+        other_loss, other = gradient(batch, checkpointing=checkpointing)
+        assert other_loss == loss
+        for a, b in zip(other, full, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(
