@@ -27,7 +27,12 @@ def main(argv: Sequence[str]) -> int:
         "weights nor data are read.",
         allow_abbrev=False,
     )
-    parser.add_argument("--device", default="auto", help="a GPU that need not be here, such as rtx4090")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="a GPU that need not be here, such as rtx4090; its host has 64 GiB to offload to, unless "
+        "--memory.host_budget says otherwise",
+    )
     parser.add_argument("--budget", help="as memory.budget: most GPU memory, such as 24GiB")
     parser.add_argument("--plot", metavar="FILE", help="draw memory against tokens/s (needs matplotlib)")
     parser.add_argument(

@@ -66,3 +66,8 @@ def memory_of(compiled: Any) -> Memory:
         analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes,
         analysis.host_temp_size_in_bytes,
     )
+
+
+def gib(size: int) -> str:
+    """As plans write it."""
+    return f"{size / 2**30:.2f}G"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
-import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -18,18 +15,18 @@ from lorajax_kernels.device import Device
 from lorajax.config import Config
 from lorajax.errors import UserError
 from lorajax.lora.adapter import outline_lora
-from lorajax.memory.analysis import Memory
-from lorajax.memory.costs import Rates, Workload, workload
-from lorajax.memory.planner import Estimate, Problem, estimate, estimates, micro_batch_counts
-from lorajax.memory.policy import (
-    ACTIVATIONS,
-    GRADIENT,
-    MADE_IN_CHUNKS,
-    PRESETS,
-    Checkpointing,
-    Layout,
-    Policy,
+from lorajax.memory.analysis import Memory, gib
+from lorajax.memory.costs import Rates, workload
+from lorajax.memory.planner import (
+    BATCH_BYTES,
+    Estimate,
+    Problem,
+    estimate,
+    estimates,
+    micro_batch_counts,
 )
+from lorajax.memory.policy import ACTIVATIONS, GRADIENT, Checkpointing, Layout, Policy
+from lorajax.memory.refusal import refusal
 from lorajax.models.checkpoint import outline
 from lorajax.models.decoder import Decoder, LoRAParam
 
@@ -37,17 +34,13 @@ T = TypeVar("T")
 
 _log = logging.getLogger("lorajax")
 
-_GIB, _MIB = 2**30, 2**20
+_GIB = 2**30
 # Of a step's time: what a faster layout must promise for it to be compiled where one that fits is at hand.
 _WORTH = 0.02
 # Layouts that are compiled for a plan, at most, once one fits.
 _MOST_COMPILED = 3
 # AdamW keeps two moments of each trainable parameter.
 _MOMENTS = 2
-# Bytes of a token in a batch: itself, its target, segment, position and weight.
-_BATCH_BYTES = 5 * 4
-# Tokens of the shortest rows that are offered where longer ones do not fit.
-_SHORTEST = 16
 
 
 def outline_of(config: Config, path: str | Path | None = None) -> Decoder:
@@ -89,7 +82,7 @@ def problem_of(
     count = sum(leaf.size for leaf in _leaves(trainable))
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in _leaves(frozen))
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    batch = _BATCH_BYTES * rows * length
+    batch = BATCH_BYTES * rows * length
     return Problem(
         workload=lambda rows: workload(
             model,
@@ -106,18 +99,6 @@ def problem_of(
         micro_batches=micro_batch_counts(rows),
         mlp_chunks=config.memory.mlp_chunks,
     )
-
-
-def shortened(problem: Problem, length: int) -> Problem:
-    """With rows of so many tokens."""
-
-    def work(rows: int) -> Workload:
-        longer = problem.workload(rows)
-        return replace(longer, length=length, context=min(longer.context, length))
-
-    weights, adapters, optimizer = problem.fixed
-    less = _BATCH_BYTES * problem.rows * (problem.workload(1).length - length)
-    return replace(problem, workload=work, fixed=(weights, adapters, optimizer - less))
 
 
 def _leaves(state: nnx.State) -> list:
@@ -187,8 +168,8 @@ class Plan:
 
     def exceeded(self, option: Estimate) -> str:
         """Which budget an option is over, as tables say it; empty: it fits."""
-        over = [self.size(option) > self.budget, option.host > self.host_budget]
-        return " and ".join(itertools.compress(("over the budget", "over the host's"), over))
+        words = ("", "over the host's"), ("over the budget", "over both")
+        return words[self.size(option) > self.budget][option.host > self.host_budget]
 
     def tokens_per_second(self, option: Estimate) -> float:
         """On one device."""
@@ -212,7 +193,7 @@ class Plan:
                 return found
             if option.layout in self.sizes or option.layout.rows in known:
                 return option
-            return _corrected(option, off * option.layout.rows // rows, away)
+            return option.corrected(off * option.layout.rows // rows, away)
 
         found = replace(chosen.corrected(off), host=memory.host)
         return replace(
@@ -254,14 +235,18 @@ class Plan:
 
     def frontier(self, count: int = 12) -> str:
         """The options as a table: memory against speed, from the largest to the smallest."""
-        rows = ["     GPU     host  micro-batches   tokens/s a GPU  kept"]
-        for option in self.shown(count):
-            marks = ["chosen"] if option == self.chosen else []
-            marks += [self.exceeded(option)] if not self.fits(option) else []
+        shown = self.shown(count)
+        marks = [
+            ", ".join(filter(None, ("chosen" if option == self.chosen else "", self.exceeded(option))))
+            for option in shown
+        ]
+        width = max(map(len, marks))
+        rows = [f"     GPU     host  micro-batches   tokens/s a GPU  {'':<{width}}  kept"]
+        for option, mark in zip(shown, marks, strict=True):
             rows.append(
                 f"{gib(self.size(option)):>8} {gib(option.host):>8}  {option.micro_batches:>5} x "
-                f"{option.layout.rows:<5}  {self.tokens_per_second(option):>14,.0f}  "
-                f"{'  '.join([summary(option.layout), *marks])}"
+                f"{option.layout.rows:<5}  {self.tokens_per_second(option):>14,.0f}  {mark:<{width}}  "
+                f"{summary(option.layout)}"
             )
         return "\n".join(rows)
 
@@ -439,173 +424,6 @@ def settle(plan: Plan, compiled: Callable[[Layout], tuple[T, Memory]]) -> tuple[
             return replace(plan, chosen=best), programs[best.layout]
 
 
-def refusal(plan: Plan) -> str:
-    """Why the chosen layout cannot run, and what can."""
-    fixed = sum(plan.options[0].device[:3])
-    if fixed > plan.budget:
-        ceiling = plan.ceilings[0]
-        larger = "raise memory.budget" if ceiling is None or ceiling >= fixed else "take a larger GPU"
-        return (
-            f"weights, adapters and optimizer alone take {gib(fixed)} of {plan.device}, the budget is "
-            f"{gib(plan.budget)}; {larger}, or take a smaller model"
-        )
-    why = _nothing_fits(plan) if plan.asked == "auto" else _does_not_fit(plan)
-    lines = offers(plan)
-    if not lines:
-        return f"{why}; lower data.max_length, or take a smaller model"
-    return "\n".join([f"{why}. What fits:", *lines])
-
-
-def _does_not_fit(plan: Plan) -> str:
-    """What was asked for."""
-    how = "estimated" if plan.compiled is None else "compiled"
-    taken, host = f"{gib(plan.taken)} of {plan.device} ({how})", f"{gib(plan.chosen.host)} of host memory"
-    if plan.taken > plan.budget:
-        taken += f", over memory.budget, {gib(plan.budget)}"
-    if plan.chosen.host > plan.host_budget:
-        host += f", over memory.host_budget, {gib(plan.host_budget)}"
-    step = f"{taken} and {host}" if plan.chosen.host else taken
-    return f"memory.checkpointing {spelled(plan.asked)}: a step takes {step}"
-
-
-def _nothing_fits(plan: Plan) -> str:
-    """By which budget."""
-    smallest, least_host = _smallest(plan)
-    if least_host is None:
-        short = "memory.budget is short, the smallest layout takes"
-        more = f" and {gib(smallest.host)} of host memory" if smallest.host else ""
-    else:
-        short = "memory.host_budget is short, the smallest layout within it takes"
-        more = f", one of {gib(plan.size(least_host))} takes {gib(least_host.host)} of host memory"
-    return (
-        f"nothing fits {gib(plan.budget)} of {plan.device} and {gib(plan.host_budget)} of host memory: "
-        f"{short} {gib(plan.size(smallest))}{more}"
-    )
-
-
-def _smallest(plan: Plan) -> tuple[Estimate, Estimate | None]:
-    """The smallest option within the host's budget, and of those within the GPU's, if any, that of least
-    host memory."""
-    inside = [option for option in plan.options if option.host <= plan.host_budget] or plan.options
-    fitting = [option for option in plan.options if plan.size(option) <= plan.budget]
-    return min(inside, key=plan.size), min(fitting, key=lambda option: option.host, default=None)
-
-
-def offers(plan: Plan, count: int = 3) -> list[str]:
-    """Settings with which it fits, each with what it takes and reaches: the nearest first."""
-    every = itertools.chain(_other_policies(plan), _larger_budgets(plan), _shorter_rows(plan))
-    return list(itertools.islice(every, count))
-
-
-def _offer(plan: Plan, option: Estimate, flags: str) -> str:
-    host = f" and {gib(option.host)} of host memory" if option.host else ""
-    speed = plan.tokens_per_second(option)
-    return f"  {gib(plan.size(option))}{host}, about {speed:,.0f} tokens/s: {flags}"
-
-
-def _other_policies(plan: Plan) -> Iterator[str]:
-    """Auto, then the fastest for the rows of a micro-batch that are asked for."""
-    if plan.asked == "auto":
-        return
-    best = next((option for option in plan.options if plan.fits(option)), None)
-    if best is not None:
-        yield _offer(plan, best, "--memory.checkpointing auto")
-    fitting = [(name, option) for name, option in _named(plan).items() if plan.fits(option)]
-    if fitting:
-        name, option = min(fitting, key=lambda each: each[1].seconds)
-        yield _offer(plan, option, f"--memory.checkpointing {name}")
-
-
-def _named(plan: Plan) -> dict[str, Estimate]:
-    """What a config can ask for by name, for its rows and its parts of an MLP; presets first."""
-    problem, asked = plan.problem, plan.chosen.layout
-    if problem is None:
-        return {}
-    policies: list[Checkpointing] = [name for name in PRESETS if name != "offload" or problem.offloads]
-    for option in estimates(replace(problem, micro_batches=[problem.rows // asked.rows])):
-        policy = option.layout.checkpointing
-        assert isinstance(policy, Policy)
-        (layer, *others), chunked = set(policy.layers), asked.mlp_chunks > 1
-        if not others and policy.copy_span == 1 and not (chunked and layer.keeps(*MADE_IN_CHUNKS)):
-            policies.append(layer.actions)
-    return {
-        spelled(policy): _as_corrected(plan, estimate(problem, asked._replace(checkpointing=policy)))
-        for policy in policies
-    }
-
-
-def _larger_budgets(plan: Plan) -> Iterator[str]:
-    """For what is asked for; with auto for the smallest layouts."""
-    for option in (plan.chosen,) if plan.asked != "auto" else _smallest(plan):
-        flags = None if option is None else _raised(plan, option)
-        if option is not None and flags:
-            yield _offer(plan, option, flags)
-
-
-def _raised(plan: Plan, option: Estimate) -> str | None:
-    """Budgets that an option fits; None: there is not as much."""
-    flags: list[str] = []
-    unknown: list[str] = []
-    for size, budget, ceiling, setting, share, where in (
-        (plan.size(option), plan.budget, plan.ceilings[0], "budget", 1, "the GPU"),
-        (option.host, plan.host_budget, plan.ceilings[1], "host_budget", plan.devices, "the host"),
-    ):
-        if size <= budget:
-            continue
-        if ceiling is not None and size > ceiling:
-            return None
-        flags.append(f"--memory.{setting} {_at_least(size * share)}")
-        unknown += [where] * (ceiling is None)
-    caveat = f" (where {' and '.join(unknown)} can give it)" if unknown else ""
-    return f"{' '.join(flags)}{caveat}"
-
-
-def _shorter_rows(plan: Plan) -> Iterator[str]:
-    """The longest of half, a quarter, ... of the tokens that fit."""
-    problem, asked = plan.problem, plan.chosen.layout
-    if problem is None:
-        return
-    length = whole = problem.workload(1).length
-    while (length := length // 2) >= _SHORTEST:
-        shorter = shortened(problem, length)
-        if plan.asked == "auto":
-            found = estimates(shorter)
-        else:
-            found = [estimate(shorter, asked._replace(checkpointing=plan.asked))]
-        there = replace(plan, tokens=plan.tokens * length // whole, sizes={})
-        moved = (_as_corrected(plan, option, length / whole) for option in found)
-        if best := next((option for option in moved if there.fits(option)), None):
-            yield _offer(there, best, f"--data.max_length {length}")
-            return
-
-
-def _as_corrected(plan: Plan, option: Estimate, share: float = 1.0) -> Estimate:
-    """A new estimate, off by a share of what that of the chosen layout was."""
-    assert plan.problem is not None
-    before, chosen = estimate(plan.problem, plan.chosen.layout), plan.chosen
-    off = (chosen.device.total - before.device.total) * option.layout.rows / chosen.layout.rows
-    return _corrected(option, int(off * share), chosen.host / before.host if before.host else 1.0)
-
-
-def _corrected(option: Estimate, off: int, away: float) -> Estimate:
-    """With so many bytes more on the GPU, and so many times those of the host."""
-    return replace(option.corrected(off), host=int(option.host * away))
-
-
-def spelled(asked: Checkpointing) -> str:
-    """As a command line takes it."""
-    if isinstance(asked, str):
-        return asked
-    assert not isinstance(asked, Policy)
-    actions = {name: action for name, action in asked.items() if (name, action) != ("block_input", "save")}
-    return shlex.quote("{" + ", ".join(f"{name}: {action}" for name, action in actions.items()) + "}")
-
-
-def _at_least(size: int) -> str:
-    """A size, rounded up, as settings take it."""
-    return f"{math.ceil(100 * size / _GIB) / 100:.2f}GiB" if size >= _GIB else f"{math.ceil(size / _MIB)}MiB"
-
-
 def describe(policy: Policy) -> dict[str, str]:
     """ "saved", "offloaded", "recomputed" -> names of activations, and in how many layers."""
     layers = len(policy.layers)
@@ -674,8 +492,3 @@ def table(lines: Mapping[str, str]) -> str:
     """Names and what they stand for, one below the other."""
     width = max(map(len, lines))
     return "\n".join(f"{name:>{width}}  {text}" for name, text in lines.items())
-
-
-def gib(size: int) -> str:
-    """As plans write it."""
-    return f"{size / _GIB:.2f}G"

@@ -24,6 +24,8 @@ OFFLOADED = ("block_input", "gate", "up", "attention_output", "query", "block_mi
 CHUNKS, LEAST_CHUNK = (2, 4, 8, 16), 2048
 # Bytes of logits that the head's loss makes at a time (lorajax_kernels.cross_entropy).
 LOGITS_CHUNK = 2**28
+# Of a token in a batch: itself, its target, segment, position and weight.
+BATCH_BYTES = 5 * 4
 # Share of a copy's time that a step loses even where the copy hides behind computation.
 COPY_COST = 0.03
 
@@ -68,10 +70,11 @@ class Estimate:
     device: Breakdown
     host: int
 
-    def corrected(self, bytes_: int) -> Estimate:
-        """With so much more workspace than was estimated."""
+    def corrected(self, bytes_: int, away: float = 1.0) -> Estimate:
+        """With so much more workspace than was estimated, and so many times the host memory."""
         workspace = max(0, self.device.workspace + bytes_)
-        return replace(self, device=self.device._replace(workspace=workspace))
+        device = self.device._replace(workspace=workspace)
+        return replace(self, device=device, host=int(self.host * away))
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,17 @@ class Problem:
         if work.rows > 1 or any(layer.keeps(*MADE_IN_CHUNKS) for layer in policy.layers):
             return [1]
         return [1, *(chunks for chunks in CHUNKS if work.length // chunks >= LEAST_CHUNK)]
+
+    def shortened(self, length: int) -> Problem:
+        """With rows of so many tokens."""
+
+        def work(rows: int) -> Workload:
+            longer = self.workload(rows)
+            return replace(longer, length=length, context=min(longer.context, length))
+
+        weights, adapters, optimizer = self.fixed
+        less = BATCH_BYTES * self.rows * (self.workload(1).length - length)
+        return replace(self, workload=work, fixed=(weights, adapters, optimizer - less))
 
 
 def micro_batch_counts(rows: int) -> list[int]:

@@ -10,8 +10,8 @@ import yaml
 
 from lorajax.config import Config, as_plain
 from lorajax.data import DataStats, decode_row
-from lorajax.memory.analysis import Memory
-from lorajax.memory.plan import Plan, gib, table
+from lorajax.memory.analysis import Memory, gib
+from lorajax.memory.plan import Plan, table
 from lorajax.training.inputs import Inputs, first_row
 
 

@@ -18,11 +18,12 @@ from lorajax.config import Config, as_plain, load_config, validate
 from lorajax.errors import UserError
 from lorajax.generation import generate
 from lorajax.lora.peft import save_adapter
+from lorajax.memory.analysis import gib
 from lorajax.memory.machine import claim_gpu_memory
 from lorajax.memory.plan import Plan
 from lorajax.models.checkpoint import check_weights, initialise, load, save_merged
 from lorajax.models.decoder import Decoder
-from lorajax.training.banner import banner, dry_run_text, gib
+from lorajax.training.banner import banner, dry_run_text
 from lorajax.training.checkpoints import (
     Checkpoints,
     Position,

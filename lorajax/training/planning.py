@@ -14,7 +14,7 @@ from lorajax.config import Config, OutputConfig, parse_size, validate
 from lorajax.data import chat_template, check_length, load_tokenizer
 from lorajax.errors import UserError
 from lorajax.generation import SMALLEST_BUCKET, answering_memory
-from lorajax.memory.analysis import Memory
+from lorajax.memory.analysis import Memory, gib
 from lorajax.memory.costs import answering_bytes
 from lorajax.memory.elsewhere import Variant, compile_elsewhere
 from lorajax.memory.machine import (
@@ -30,7 +30,6 @@ from lorajax.memory.plan import (
     Plan,
     accepted,
     check_offload,
-    gib,
     make_plan,
     outline_of,
     problem_of,
