@@ -249,6 +249,7 @@ def test_a_gpu_without_pinned_host_memory_refuses_it_too(config_of, gpu, monkeyp
     assert plan.lines()["host memory"] == "none to offload to"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["auto", "none"])
 def test_auto_says_that_it_plans_for_gpus(asked, quick_config, cpu, capsys):
     fit(quick_config(train={"max_steps": 1}, memory={"checkpointing": asked}))

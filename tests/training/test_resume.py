@@ -174,6 +174,7 @@ def test_a_run_goes_on_from_its_last_checkpoint_an_older_one_and_none(
     assert [row["step"] for row in expected[:5]] == [0, 1, 2, 3, 3]
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_last_checkpoint_changes_nothing(run, monkeypatch):
     wait, late = Checkpoints.wait, []
 

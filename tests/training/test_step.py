@@ -196,11 +196,21 @@ def layers(*actions, copy_span=1):
 @pytest.mark.parametrize(
     "checkpointing",
     [
-        layers({"gate": "save", "up": "save", "lora_hidden": "save"}),
-        layers({"block_input": "offload", "attention_output": "offload", "gradient": "offload"}),
-        layers({"block_input": "offload", "gate": "offload"}, {"query": "save"}, copy_span=2),
+        pytest.param(
+            layers({"gate": "save", "up": "save", "lora_hidden": "save"}),
+            id="gates kept",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            layers({"block_input": "offload", "attention_output": "offload", "gradient": "offload"}),
+            id="much away",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            layers({"block_input": "offload", "gate": "offload"}, {"query": "save"}, copy_span=2),
+            id="layers differ",
+        ),
     ],
-    ids=["gates kept", "much away", "layers differ"],
 )
 @pytest.mark.parametrize(
     "micro_batches, dropout_seed", [(1, None), pytest.param(2, 5, marks=pytest.mark.slow)]
