@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
-SMALLEST_BUCKET = 64
+_SMALLEST_BUCKET = 64
 NO_TOKEN = -1
 UNFINISHED_CHARACTER = "\ufffd"
 
@@ -80,7 +80,7 @@ def generate(
     rows = _tokenise(model, tokenizer, prompts, max_new_tokens, chat_template)
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     answers = [""] * len(rows)
-    size = min(batch_size, _power_of_two(len(rows)))
+    size = min(batch_size, power_of_two(len(rows)))
     weights = nnx.split(model)
     for start in range(0, len(rows), batch_size):
         group = by_length[start : start + batch_size]
@@ -133,14 +133,12 @@ def answering_memory(
     """
     settings = _settings(model, tokenizer, max_new_tokens, 0.0, 1.0)
     longest = max(map(len, _tokenise(model, tokenizer, prompts, max_new_tokens, None)))
-    size = min(batch_size, _power_of_two(len(prompts)))
+    size = min(batch_size, power_of_two(len(prompts)))
     graph, state = nnx.split(model)
     # As they will be: then it is these programs that `generate` finds in the compilation cache.
     weights = graph, shapes(state, replicated(data_mesh()))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
-    lengths, tokens = (
-        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((size,), (size, _bucket(longest)))
-    )
+    lengths, tokens = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((size,), (size, bucket(longest))))
     lowered = _prefill.lower(
         *weights, tokens, lengths, keys, settings.limit, settings.sampling, settings.room
     )
@@ -201,7 +199,7 @@ def _settings(
         top_p=jnp.float32(top_p) if temperature > 0 and top_p < 1 else None,
         eos_ids=jnp.asarray(eos_ids, jnp.int32),
     )
-    return _Settings(max_new_tokens, _bucket(max_new_tokens), eos_ids, sampling)
+    return _Settings(max_new_tokens, bucket(max_new_tokens), eos_ids, sampling)
 
 
 def _tokenise(
@@ -233,12 +231,14 @@ def _tokenise(
     return rows
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """The least that is no smaller: as many prompts as a program answers at a time, at most."""
     return 1 << (number - 1).bit_length()
 
 
-def _bucket(length: int) -> int:
-    return max(SMALLEST_BUCKET, _power_of_two(length))
+def bucket(length: int) -> int:
+    """Tokens that a program has room for, where there are so many."""
+    return max(_SMALLEST_BUCKET, power_of_two(length))
 
 
 def _text(tokenizer: PreTrainedTokenizerFast, settings: _Settings, written: Int[np.ndarray, " W"]) -> str:
@@ -280,7 +280,7 @@ def _start(
     seed: int,
 ) -> _Answers:
     """Prefill of `rows`, filled up to `size` with empty ones; `places` tell the draws of rows apart."""
-    prompts = np.zeros((size, _bucket(max(map(len, rows)))), np.int32)
+    prompts = np.zeros((size, bucket(max(map(len, rows)))), np.int32)
     lengths = np.zeros(size, np.int32)
     for index, row in enumerate(rows):
         prompts[index, : len(row)] = row

@@ -327,7 +327,7 @@ def test_what_answering_takes_grows_with_the_prompts_and_answers(make_model, mak
         return 2 * 4 * options.num_layers * rows * tokens * options.num_kv_heads * options.head_dim
 
     one, long = PROMPTS[:1], PROMPTS[2:3]
-    prompt = generation._bucket(len(render_prompt(tokenizer, long[0])))
+    prompt = generation.bucket(len(render_prompt(tokenizer, long[0])))
     # Both lengths are rounded up to a power of two, 64 at least.
     assert caches(1, 64 + 64) < taken(one) < taken(long)
     assert taken(long) > caches(1, prompt + 64)

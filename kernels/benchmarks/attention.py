@@ -30,6 +30,7 @@ from results import (
     TorchResult,
     Work,
     measure_case,
+    measure_cases,
     reason,
     run_alone,
     temporary_memory,
@@ -115,9 +116,7 @@ class Program:
 
 def benchmark(ceilings: Ceilings, tiny: bool) -> list[Row]:
     rounds = 3 if tiny else 9
-    rows: list[Row] = []
-    for case in TINY if tiny else CASES:
-        rows += _measure(case, ceilings, rounds)
+    rows = measure_cases(_measure, TINY if tiny else CASES, ceilings, rounds)
     rows += _measure_forward(FORWARD_TINY if tiny else FORWARD_CASE, ceilings, rounds)
     return rows + _memory_of_cudnn(MEMORY_TINY if tiny else MEMORY_CASE, ceilings.half)
 

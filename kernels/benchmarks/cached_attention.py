@@ -2,8 +2,8 @@
 
     python kernels/benchmarks/cached_attention.py [--tiny]
 
-Random data. The work is the bytes that must be moved: both caches, which are full, and the queries read, and
-the output written.
+Random data. The work is the bytes that must be moved: both caches, which are full, queries and lengths read,
+and the output written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from lorajax_kernels import cached_attention
-from results import Ceilings, Row, Work, measure_case, run_alone, temporary_memory
+from results import Ceilings, Row, measure_cases, measure_xla, run_alone
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,12 @@ TINY = (Case(2, 64, 4, 2, 16),)
 
 
 def benchmark(ceilings: Ceilings, tiny: bool) -> list[Row]:
-    rows: list[Row] = []
-    for case in TINY if tiny else CASES:
-        rows += _measure(case, ceilings, rounds=3 if tiny else 9)
-    return rows
+    return measure_cases(_measure, TINY if tiny else CASES, ceilings, 3 if tiny else 9)
 
 
 def _measure(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
-    q, k, v = case.arrays(ceilings.half)
-    arguments = q, k, v, jnp.full(case.batch, case.capacity, jnp.int32)
-    compiled = jax.jit(cached_attention).lower(*arguments).compile()
-    return measure_case(
-        "cached_attention",
-        str(case),
-        Work(2 * q.nbytes + k.nbytes + v.nbytes, "bytes"),
-        ceilings,
-        {"xla": lambda: lambda: compiled(*arguments)},
-        ours=("xla",),
-        rounds=rounds,
-        notes={"xla": temporary_memory(compiled)},
-    )
+    arguments = *case.arrays(ceilings.half), jnp.full(case.batch, case.capacity, jnp.int32)
+    return measure_xla("cached_attention", str(case), cached_attention, arguments, ceilings, rounds)
 
 
 if __name__ == "__main__":

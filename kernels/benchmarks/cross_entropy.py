@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from lorajax_kernels import cross_entropy_implementations, linear_cross_entropy
-from results import Ceilings, Row, TorchResult, Work, measure_case, run_alone, temporary_memory
+from results import Ceilings, Row, TorchResult, Work, measure_case, measure_cases, run_alone, temporary_memory
 
 PRODUCTS = "the two products"
 
@@ -48,10 +48,7 @@ TINY = (Case(256, 64, 1000),)
 
 
 def benchmark(ceilings: Ceilings, tiny: bool) -> list[Row]:
-    rows: list[Row] = []
-    for case in TINY if tiny else CASES:
-        rows += _measure(case, ceilings, rounds=3 if tiny else 9)
-    return rows
+    return measure_cases(_measure, TINY if tiny else CASES, ceilings, 3 if tiny else 9)
 
 
 def _measure(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from lorajax_kernels import geglu, rms_norm, rope, swiglu
-from results import Ceilings, Row, Work, measure_case, run_alone, temporary_memory
+from results import Ceilings, Row, measure_xla, run_alone
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,8 @@ def _measure(
 
     x = trained[0]
     arguments = trained, constants, jnp.flip(x, axis=0)
-    compiled = jax.jit(forward_and_backward).lower(*arguments).compile()
-    moved = sum(array.nbytes for array in jax.tree.leaves((arguments, compiled(*arguments))))
-    return measure_case(
-        name,
-        " x ".join(map(str, x.shape)),
-        Work(moved, "bytes"),
-        ceilings,
-        {"xla": lambda: lambda: compiled(*arguments)},
-        ours=("xla",),
-        rounds=rounds,
-        notes={"xla": temporary_memory(compiled)},
-    )
+    shape = " x ".join(map(str, x.shape))
+    return measure_xla(name, shape, forward_and_backward, arguments, ceilings, rounds)
 
 
 if __name__ == "__main__":

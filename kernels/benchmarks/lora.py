@@ -37,7 +37,7 @@ from lorajax_kernels.lora import (
 )
 from lorajax_kernels.lora.products import sum_of_products
 from lorajax_kernels.precision import product
-from results import Ceilings, Row, Work, measure_case, reason, run_alone, temporary_memory
+from results import Ceilings, Row, Work, measure_case, measure_cases, reason, run_alone, temporary_memory
 
 BOUNDS = ("frozen", "frozen, cuBLAS")
 CUBLAS = {"xla_gpu_triton_gemm_any": False}
@@ -163,9 +163,7 @@ def served(dtype: str, rank: int) -> list[str]:
 
 def benchmark(ceilings: Ceilings, tiny: bool) -> list[Row]:
     rounds = 3 if tiny else 21
-    rows: list[Row] = []
-    for case in TINY if tiny else CASES:
-        rows += _measure(case, ceilings, rounds)
+    rows = measure_cases(_measure, TINY if tiny else CASES, ceilings, rounds)
     return rows + _measure_mlp(MLP_TINY if tiny else MLP, ceilings, rounds)
 
 

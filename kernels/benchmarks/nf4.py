@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from lorajax_kernels.nf4 import NF4Weight, dequantize_nf4, nf4_implementations, nf4_linear, quantize_nf4
 from lorajax_kernels.precision import product
-from results import Ceilings, Row, TorchResult, Work, measure_case, run_alone, temporary_memory
+from results import Ceilings, Row, TorchResult, Work, measure_case, measure_cases, run_alone, temporary_memory
 
 PEER, DENSE = "bitsandbytes", "dense"
 WEIGHTS = 4
@@ -55,12 +55,9 @@ ROWS, TINY_ROWS = 8192, 32
 
 
 def benchmark(ceilings: Ceilings, tiny: bool) -> list[Row]:
-    rows: list[Row] = []
     rounds, cases = (3, TINY) if tiny else (9, CASES)
-    for case in cases:
-        rows += _measure(case, ceilings, rounds)
-    for case in cases[:2]:
-        rows += _measure_quantize(case, ceilings, rounds)
+    rows = measure_cases(_measure, cases, ceilings, rounds)
+    rows += measure_cases(_measure_quantize, cases[:2], ceilings, rounds)
     return rows + _measure_linear(cases[0], TINY_ROWS if tiny else ROWS, ceilings, rounds)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from lorajax_kernels.device import current_device
 from lorajax_kernels.measure import Time, compare, copy_bandwidth, matmul_rate
+
+C = TypeVar("C")
 
 _LONGEST_NOTE = 120
 
@@ -135,6 +137,36 @@ def reason(error: Exception) -> str:
 def temporary_memory(compiled: Any) -> str:
     """What a compiled function holds besides its arguments and results, as a note."""
     return f"{compiled.memory_analysis().temp_size_in_bytes / 1e6:.0f} MB of temporary memory"
+
+
+def measure_cases(
+    measure: Callable[[C, Ceilings, int], list[Row]], cases: Iterable[C], ceilings: Ceilings, rounds: int
+) -> list[Row]:
+    """The rows of one case after the other."""
+    return [row for case in cases for row in measure(case, ceilings, rounds)]
+
+
+def measure_xla(
+    op: str,
+    case: str,
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    ceilings: Ceilings,
+    rounds: int,
+) -> list[Row]:
+    """Time what XLA alone makes; the work is to read each argument and to write each result, once."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    moved = sum(array.nbytes for array in jax.tree.leaves((arguments, compiled(*arguments))))
+    return measure_case(
+        op,
+        case,
+        Work(moved, "bytes"),
+        ceilings,
+        {"xla": lambda: lambda: compiled(*arguments)},
+        ours=("xla",),
+        rounds=rounds,
+        notes={"xla": temporary_memory(compiled)},
+    )
 
 
 def _row(

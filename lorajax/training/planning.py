@@ -13,7 +13,7 @@ from lorajax_kernels.device import current_device
 from lorajax.config import Config, OutputConfig, parse_size, validate
 from lorajax.data import chat_template, check_length, load_tokenizer
 from lorajax.errors import UserError
-from lorajax.generation import SMALLEST_BUCKET, answering_memory
+from lorajax.generation import answering_memory, bucket, power_of_two
 from lorajax.memory.analysis import Memory, gib
 from lorajax.memory.costs import answering_bytes
 from lorajax.memory.elsewhere import Variant, compile_elsewhere
@@ -180,17 +180,12 @@ def _estimated_answers(plan: Plan, output: OutputConfig, model: Decoder) -> tupl
         return answering_bytes(
             model.options,
             itemsize=model.dtype.itemsize,
-            rows=min(at_once, _power_of_two(len(output.sample_prompts))),
-            prompt=max(SMALLEST_BUCKET, _power_of_two(prompt)),
-            new=max(SMALLEST_BUCKET, _power_of_two(output.sample_max_new_tokens)),
+            rows=min(at_once, power_of_two(len(output.sample_prompts))),
+            prompt=bucket(prompt),
+            new=bucket(output.sample_max_new_tokens),
         )
 
     return _answered(plan, output, taken)
-
-
-def _power_of_two(number: int) -> int:
-    """Of at least so many; lorajax.generation has programs for such."""
-    return 1 << (number - 1).bit_length()
 
 
 def plan_answers(

@@ -53,6 +53,8 @@ Outputs = Sequence[Float[Array, "rows out_i"]]
 Weights = tuple[Weight, ...]
 Adapters = tuple[Adapter | None, ...]
 Biases = tuple[Float[Array, " out_i"] | None, ...]
+# Of a sum of products: rows, out, ks.
+Size = tuple[int, int, list[int]]
 
 
 class Kernels(NamedTuple):
@@ -181,10 +183,8 @@ def _hidden_and_outputs(
     width = _width(options, present)
     windows = [_window(own, width) for own in columns]
     tilings = [
-        None
-        if adapter is None
-        else _tiling(options, x.shape[0], weight.shape[0], [x.shape[1], window.stop - window.start])
-        for weight, adapter, window in zip(weights, adapters, windows, strict=True)
+        None if size is None else _tiling(options, *size)
+        for size in _forward_sizes(x.shape[0], weights, adapters, windows)
     ]
     sums_of_xla = sum(
         weight.shape[0]
@@ -240,17 +240,24 @@ def _in_columns(adapter: Adapter, own: slice, window: slice, dtype: jnp.dtype) -
     return jnp.pad(b, ((0, 0), (own.start - window.start, window.stop - own.stop)))
 
 
+def _forward_sizes(
+    rows: int, weights: Weights, adapters: Adapters, windows: Sequence[slice]
+) -> list[Size | None]:
+    """Of the sum that each layer's output is; None without an adapter."""
+    return [
+        None if adapter is None else (rows, weight.shape[0], [weight.shape[1], window.stop - window.start])
+        for weight, adapter, window in zip(weights, adapters, windows, strict=True)
+    ]
+
+
 def sums_of(
     options: Options, rows: int, weights: Weights, adapters: Adapters
-) -> list[tuple[tuple[int, int, list[int]], Tiling | None]]:
+) -> list[tuple[Size, Tiling | None]]:
     """The sums of products of both passes: (rows, out, ks), and the tiling of those that are Mosaic's."""
     present, columns = _present(adapters), _columns(adapters)
     width, inner = _width(options, present), weights[0].shape[1]
-    sizes = []
-    for weight, adapter, own in zip(weights, adapters, columns, strict=True):
-        if adapter is not None:
-            window = _window(own, width)
-            sizes.append((rows, weight.shape[0], [inner, window.stop - window.start]))
+    windows = [_window(own, width) for own in columns]
+    sizes = [size for size in _forward_sizes(rows, weights, adapters, windows) if size is not None]
     back = [weight.shape[0] for weight in weights]
     if present and not any(adapter.drops for adapter in present):
         back.append(width)

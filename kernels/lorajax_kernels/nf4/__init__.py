@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from lorajax_kernels.checks import check_not_empty
+from lorajax_kernels.checks import check_dtype, check_not_empty
 from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
 from lorajax_kernels.nf4 import triton
 from lorajax_kernels.nf4.reference import BLOCK, CODE, DYNAMIC_CODE, GROUP, reference_dequantize
@@ -180,8 +180,7 @@ def quantize_nf4(w: Float[Array, "out in"], double_quant: bool = False) -> NF4We
     if w.ndim != 2:
         raise ValueError(f"quantize_nf4: w must be [out, in], got shape {w.shape}")
     check_not_empty("quantize_nf4", w=w)
-    if w.dtype not in _DTYPES:
-        raise ValueError(f"quantize_nf4: w must be float32, bfloat16 or float16, got {w.dtype}")
+    check_dtype("quantize_nf4", "float32, bfloat16 or float16", w=w)
     out_features, in_features = w.shape
     return NF4Weight(**xla_quantize(w, double_quant), shape=(out_features, in_features), dtype=w.dtype)
 
