@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -30,6 +31,14 @@ os.environ.setdefault("XLA_FLAGS", _QUICK)
 if not _HAS_GPU:
     # JAX' CUDA plugin, which tests compile with, complains in every process of the libraries it lacks.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_collection_finish() -> None:
+    """Python's collector would walk the modules of jax, torch and transformers every few seconds."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
+
 
 LINES = [
     "The quick brown fox jumps over the lazy dog.",

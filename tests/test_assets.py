@@ -212,6 +212,7 @@ def test_quickstart_asks_about_rows_that_are_held_out(tiny_tokenizer, tmp_path):
         assert any(f"user\n{prompt}<|im_end|>" in text for text in texts), prompt
 
 
+@pytest.mark.slow
 def test_model_has_read_this_kind_of_text(tiny_tokenizer, data_config):
     config = data_config(str(ASSETS / "quickstart.jsonl"), max_length=512)
     documents = load_documents(config, tiny_tokenizer, context_length=1024, seed=0).train
@@ -302,6 +303,7 @@ def test_collect_names_public_docstrings_once(tmp_path, monkeypatch):
     assert found["demo.area"].text.endswith("shape : Shape\n    Any shape.")
 
 
+@pytest.mark.slow
 def test_standard_library_has_builtins_and_topics():
     found = {docstring.name: docstring for docstring in collect("python")}
     assert found["len"].heading == "len(obj, /)"

@@ -87,6 +87,7 @@ def test_options_are_passed_on(chat, llama_folder, monkeypatch):
     assert given == {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.9, "seed": 3, "dtype": "float32"}
 
 
+@pytest.mark.slow
 def test_adapter(chat, llama_folder, adapter, answer):
     expected = answer(["hello"], adapted=True)[0]
     assert expected != answer(["hello"])[0]
@@ -235,6 +236,7 @@ def test_help_needs_no_heavy_imports(tmp_path, command):
     assert run_python("-c", code, cwd=tmp_path).stdout.strip() == "set()"
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_without_a_traceback(tmp_path):
     result = run_python("-m", "lorajax.chat", "./nowhere", "--prompt", "hello", cwd=tmp_path)
     assert result.returncode == 2

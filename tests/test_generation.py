@@ -160,6 +160,7 @@ def test_a_question_is_a_conversation_of_one_message(model, ids_tokenizer):
     assert answers[0] == answers[2]
 
 
+@pytest.mark.slow
 def test_a_template_in_place_of_the_tokenizers(model, ids_tokenizer):
     template = "{% for message in messages %}{{ message['content'] }}?{% endfor %}"
     answers = answers_of(model, ids_tokenizer, ["hello"], chat_template=template)
@@ -167,7 +168,13 @@ def test_a_template_in_place_of_the_tokenizers(model, ids_tokenizer):
     assert answers == cut(forward_loop(model, ids_tokenizer, ["hello"], width=256), 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_p": 0.7}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="greedy"),
+        pytest.param({"temperature": 1.5, "top_p": 0.7}, id="drawn", marks=pytest.mark.slow),
+    ],
+)
 def test_other_prompts_change_nothing(model, ids_tokenizer, options):
     answer = answers_of(model, ids_tokenizer, PROMPTS, **options)[1]
     others = ["Paris", PROMPTS[1], "a lazy dog " * 30, "system"]

@@ -98,9 +98,11 @@ def gpu_limit(budget: str | None) -> int | None:
 
 def _gpu_memory_left() -> tuple[int, int] | None:
     """Bytes that JAX' allocator still has, and those that it has given, on the GPU with the least left."""
+    if jax.default_backend() != "gpu":
+        return None
     gc.collect()  # what refers to itself keeps its arrays until then
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    if jax.default_backend() != "gpu" or any("bytes_limit" not in each for each in stats):
+    if any("bytes_limit" not in each for each in stats):
         return None
     sizes = [(int(each["bytes_limit"] * (1 - SLACK)), each.get("bytes_in_use", 0)) for each in stats]
     return min((max(limit - held, 0), held) for limit, held in sizes)

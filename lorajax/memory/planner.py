@@ -8,6 +8,8 @@ analysis of its memory decides whether it fits; how far it is from the estimate 
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -127,14 +129,25 @@ def micro_batch_counts(rows: int) -> list[int]:
 def estimates(problem: Problem) -> list[Estimate]:
     """All that could be chosen and is not beaten in time and both memories at once; fastest first."""
     found = [estimate for count in problem.micro_batches for estimate in _layouts(problem, count)]
-    found.sort(key=lambda each: (each.seconds, each.device.total, each.host))
-    front: list[Estimate] = []
-    sizes: list[tuple[int, int]] = []
-    for each in found:
-        total, host = each.device.total, each.host
-        if not any(device <= total and away <= host for device, away in sizes):
-            front.append(each)
-            sizes.append((total, host))
+    return [found[place] for place in unbeaten([(e.seconds, e.device.total, e.host) for e in found])]
+
+
+def unbeaten(costs: Sequence[tuple[float, int, int]]) -> list[int]:
+    """Places of those that none other is as low as in all three, the lowest first."""
+    front: list[int] = []
+    # What those so far reach in the last two: the more of the one, the less of the other.
+    seconds: list[int] = []
+    thirds: list[int] = []
+    for place in sorted(range(len(costs)), key=costs.__getitem__):
+        _, second, third = costs[place]
+        below = bisect.bisect_right(seconds, second)
+        if below and thirds[below - 1] <= third:
+            continue
+        front.append(place)
+        first = end = bisect.bisect_left(seconds, second)
+        while end < len(thirds) and thirds[end] >= third:
+            end += 1
+        seconds[first:end], thirds[first:end] = [second], [third]
     return front
 
 
@@ -169,10 +182,8 @@ def _layouts(problem: Problem, micro_batches: int) -> Iterator[Estimate]:
     for group, count in itertools.chain([(None, 0)], itertools.product(by_worth, counts)):
         some = [] if group is None else list(GROUPS[group])
         small = ["lora_hidden"] if some or everywhere else []
-        kept = [
-            {"block_input", *small, *everywhere, *(some if _spread(layer, count, layers) else [])}
-            for layer in range(layers)
-        ]
+        those, others = (frozenset({"block_input", *small, *everywhere, *more}) for more in (some, ()))
+        kept = [those if _spread(layer, count, layers) else others for layer in range(layers)]
         for policy in _offloading(kept, counts if problem.offloads else [], costs):
             for chunks in problem.chunks(work, policy):
                 yield _estimate(problem, costs, Layout(rows, policy, chunks))
@@ -180,38 +191,34 @@ def _layouts(problem: Problem, micro_batches: int) -> Iterator[Estimate]:
             everywhere += some
 
 
-def _offloading(kept: Sequence[set[str]], counts: Sequence[int], costs: Costs) -> Iterator[Policy]:
+def _offloading(kept: Sequence[frozenset[str]], counts: Sequence[int], costs: Costs) -> Iterator[Policy]:
     """With the same activations kept: none offloaded, then more and more of them.
 
     Once with the layers' gradients, where all inputs are offloaded: whoever needs that needs the memory.
     """
     layers, sizes = len(kept), costs.work.activation_bytes
-    yield Policy(tuple(LayerPolicy(saved=frozenset(names)) for names in kept))
+    yield Policy(tuple(map(_kept, kept)))
     everywhere: list[str] = []
     for name in OFFLOADED:
         if not any(name in names for names in kept):
             continue
         for count in counts:
             away = [
-                {
-                    one
-                    for one in (*everywhere, *([name] if _spread(layer, count, layers) else []))
-                    if one in kept[layer]
-                }
-                for layer in range(layers)
+                _kept(names, (*everywhere, name) if _spread(layer, count, layers) else (*everywhere,))
+                for layer, names in enumerate(kept)
             ]
-            most = max(sum(sizes[one] for one in names) for names in away)
-            policy = Policy(
-                tuple(
-                    LayerPolicy(saved=frozenset(names - gone), offloaded=frozenset(gone))
-                    for names, gone in zip(kept, away, strict=True)
-                ),
-                copy_span=1 if costs.copied(most) <= costs.layer_forward else 2,
-            )
+            most = max(sum(sizes[one] for one in layer.offloaded) for layer in set(away))
+            policy = Policy(tuple(away), copy_span=1 if costs.copied(most) <= costs.layer_forward else 2)
             yield policy
             if name == "block_input" and count == layers:
                 yield policy.with_gradients(away=True)
         everywhere.append(name)
+
+
+@functools.cache
+def _kept(names: frozenset[str], away: tuple[str, ...] = ()) -> LayerPolicy:
+    """Of those names, some in host memory."""
+    return LayerPolicy(saved=names.difference(away), offloaded=names.intersection(away))
 
 
 def _spread(layer: int, count: int, layers: int) -> bool:
@@ -298,7 +305,7 @@ def _workspace(work: Workload, policy: Policy, mlp_chunks: int) -> float:
     loss = min(logits, LOGITS_CHUNK) + 2.5 * hidden
     # While attention is differentiated; more than the MLP takes where that is cut.
     most = max(loss, 7 * hidden)
-    for layer in policy.layers:
+    for layer in set(policy.layers):
         kept = layer.saved | layer.offloaded
         gates = ("gate" not in kept) + ("up" not in kept)
         attention = 0 if "attention_output" in kept else 1

@@ -114,6 +114,7 @@ def test_endless():
     assert sum(map(len, found)) > 3 * len(documents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("packing", [True, False])
 def test_resumes_exactly(packing, prefetch):

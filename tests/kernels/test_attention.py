@@ -98,6 +98,7 @@ def test_xla_options_equal_reference(options, chunk):
         assert_close(found, forward_and_gradients(dense(**options), *arrays), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 @pytest.mark.parametrize("chunk", (None, 8))
 def test_half_precision_xla_is_close_to_float32_reference(chunk, dtype):
@@ -108,12 +109,14 @@ def test_half_precision_xla_is_close_to_float32_reference(chunk, dtype):
     assert_close(found, forward_and_gradients(dense(softcap=20.0), *wide), 1e-2)
 
 
+@pytest.mark.slow
 def test_scores_beyond_float16_do_not_overflow():
     q, k, v, cotangent = qkv(2, 1, jnp.float16)
     found = forward_and_gradients(chunked(8, scale=1.0), 300 * q, 300 * k, v, cotangent)  # scores ~ 1e6
     assert np.isfinite(np.asarray(found[0], np.float32)).all()
 
 
+@pytest.mark.slow
 def test_default_chunks_equal_reference():
     """Rows long enough for the entry point to cut them itself."""
     arrays = qkv(2, 1, batch=1, length=700, head_dim=4)

@@ -95,22 +95,19 @@ def test_all_run_in_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_losses_of_each_attention_implementation(tmp_path):
-    out = tmp_path / "losses.json"
-    small = {
-        "model.dtype": "bfloat16",
-        "data.max_length": 128,
-        "data.eval_fraction": 0,
-        "train.per_device_train_batch_size": 1,
-        "train.warmup_steps": 0,
-        "train.eval_steps": 0,
-    }
+def test_losses_of_each_attention_implementation(llama_folder, write_rows, tmp_path):
+    config, out = tmp_path / "config.yaml", tmp_path / "losses.json"
+    data = write_rows([{"prompt": "the capital of", "completion": "France is Paris"}] * 8)
+    config.write_text(
+        f"model: {{path: {llama_folder}, dtype: bfloat16}}\n"
+        f"data: {{path: {data}, max_length: 64, packing: false, cache_dir: {tmp_path}}}\n"
+        "train: {per_device_train_batch_size: 1}\n"
+        "output: {output_dir: none}\n"
+    )
     command = [
         sys.executable,
         REPOSITORY / "benchmarks" / "attention_losses.py",
-        REPOSITORY / "configs" / "quickstart.yaml",
-        *("--out", out, "--steps", "2", "--float32"),
-        *(f"--{key}={value}" for key, value in small.items()),
+        *(config, "--out", out, "--steps", "2", "--float32"),
     ]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     record = json.loads(out.read_text())

@@ -461,6 +461,7 @@ def test_a_norm_before_the_layers_is_that_of_x(dropout):
     assert sized and all(leaf is x or np.array_equal(leaf, x) for leaf in sized)
 
 
+@pytest.mark.slow
 def test_what_flows_back_through_a_norm_of_small_halves_does_not_overflow():
     """The inverse of their root mean square is large, and so is the gradient of x A^T."""
     x, norm = normal(40, IN, scale=1e-3), (1 + normal(IN, scale=0.1), 1e-6)

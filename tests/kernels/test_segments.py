@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lorajax_kernels import segments
@@ -48,6 +49,7 @@ def test_segments_agree_with_dense_mask(segment_ids):
         np.testing.assert_array_equal(lengths[b], mask.sum(1) + mask.sum(0) - 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(packed_rows(), st.sampled_from((1, 3, 16)))
 def test_places_of_segments_agree_with_dense_mask(segment_ids, max_segments):

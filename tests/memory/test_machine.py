@@ -69,6 +69,7 @@ def gpus(monkeypatch):
     return gpus
 
 
+@pytest.mark.slow
 def test_what_other_arrays_hold_of_a_gpu_is_not_the_runs(gpus, caplog):
     with caplog.at_level(logging.WARNING, "lorajax"):
         gpus((100 * GIB, 0))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import operator
 import re
 import shlex
 import statistics
@@ -20,7 +21,7 @@ from lorajax.lora.config import LoRAConfig
 from lorajax.memory.analysis import Memory
 from lorajax.memory.costs import workload
 from lorajax.memory.plan import Plan, accepted, choose_again, describe, front, settle, thinned
-from lorajax.memory.planner import LEAST_CHUNK, estimate, estimates, micro_batch_counts
+from lorajax.memory.planner import LEAST_CHUNK, estimate, estimates, micro_batch_counts, unbeaten
 from lorajax.memory.policy import ACTIVATIONS, LayerPolicy, Layout, Policy
 from lorajax.memory.refusal import refusal
 from lorajax.models.checkpoint import outline
@@ -138,6 +139,18 @@ def test_no_option_is_beaten_in_time_and_memory(problem):
     for i, option in enumerate(options):
         for better in options[:i]:
             assert option.device.total < better.device.total or option.host < better.host
+
+
+small = st.integers(0, 6)
+
+
+@given(st.lists(st.tuples(small, small, small), unique=True))
+def test_all_that_is_not_beaten_is_found(costs):
+    def beaten(cost):
+        return any(other != cost and all(map(operator.le, other, cost)) for other in costs)
+
+    found = [costs[place] for place in unbeaten(costs)]
+    assert found == sorted(cost for cost in costs if not beaten(cost))
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_packed_bfloat16_is_near_separate_float32(implementation, run):
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_segment_does_not_touch_the_others(dtype, implementation, run):
     packed, _, places = rows()
     before, _ = run(packed, implementation, dtype)

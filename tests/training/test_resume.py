@@ -276,7 +276,7 @@ class Alone(NamedTuple):
     weights: bytes
 
 
-STEPS = 60
+STEPS = 48
 
 
 @pytest.fixture(scope="module")
@@ -375,9 +375,9 @@ def unfinished(folder: Path) -> bool:
 
 
 KILLS = [
-    *["as a checkpoint begins"] * 4,
-    *["in a checkpoint"] * 3,
-    *["in a step"] * 3,
+    *["as a checkpoint begins"] * 3,
+    *["in a checkpoint"] * 2,
+    *["in a step"] * 1,
     *["in the start"] * 1,
 ]
 
@@ -415,7 +415,7 @@ def test_a_run_killed_at_any_moment_goes_on_exactly(trainer, assert_as_alone, tm
         assert trainer.status() == -signal.SIGKILL
         in_checkpoint += "checkpoint" in kind and unfinished(folder)
         print(f"killed {kind}; checkpoints {steps(folder / 'checkpoints')}, unfinished: {unfinished(folder)}")
-    assert in_checkpoint >= 3
+    assert in_checkpoint >= 2
     assert_as_alone(folder)
 
 

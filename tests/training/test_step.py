@@ -154,7 +154,8 @@ def dense_gradient(weights):
     return dense_gradient
 
 
-@pytest.mark.parametrize("mode", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "full"])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(mode, gradient, dense_gradient):
     rows = make_batch()
     assert len(set(cut(rows, 4)["weights"].sum((1, 2)))) == 4
@@ -261,6 +262,7 @@ def test_dropout_in_chunks_has_masks_of_its_own(gradient):
     assert difference(again, chunks) <= 1e-6 < 0.05 < difference(chunks, whole)
 
 
+@pytest.mark.slow
 def test_dropout_has_a_mask_of_its_own_for_each_key_and_micro_batch(gradient):
     rows = make_batch()
     once = {
@@ -347,7 +349,7 @@ def test_kernels_are_chosen_for_a_program_that_is_split_over_devices(checkpointi
 # --- packing ---
 
 
-@pytest.mark.parametrize("attention", ["xla", "reference"])
+@pytest.mark.parametrize("attention", ["xla", pytest.param("reference", marks=pytest.mark.slow)])
 def test_packed_documents_have_the_gradients_of_separate_ones(attention, gradient):
     rows = {name: array[5:6] for name, array in make_batch(seed=3).items()}
     rows["weights"] = (rows["segment_ids"] > 0).astype(np.float32)
