@@ -302,6 +302,36 @@ def test_who_chooses_it(monkeypatch):
         choose_lora(jnp.bfloat16, 32, implementation="mosaic", device=H100)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="it is for JAX 0.11")
+def test_a_kernel_is_lowered_once_for_all_processes(compilation_cache, monkeypatch):
+    pytest.importorskip("flatbuffers")
+    lowered = []
+    lower = mosaic._lower
+    monkeypatch.setattr(mosaic, "_lower", lambda *arguments: lowered.append(1) or lower(*arguments))
+
+    def program(rows=256):
+        """Its text, as a new process finds it."""
+        mosaic._lowered.cache_clear()
+        jax.clear_caches()
+        arrays = [jax.ShapeDtypeStruct((size, 64), jnp.bfloat16) for size in (rows, 128)]
+
+        @jax.jit
+        def run(left, right):
+            return mosaic_sum_of_products([left], [right], transposed=True, tiling=SMALL, processors=4)
+
+        return run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+    text = program()
+    assert program() == text and len(lowered) == 1
+    assert program(512) != text and len(lowered) == 2
+    # Without a folder, or with another release, it is lowered again.
+    monkeypatch.setattr(jax, "__version__", "0.12.0")
+    assert program() == text and len(lowered) == 3
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert program() == text and len(lowered) == 4
+    mosaic._lowered.cache_clear()
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
     reason="JAX' CUDA plugin is not installed (lorajax[plan])",

@@ -13,17 +13,22 @@ beyond an operand's edges is loaded as zero, and nothing is stored there.
 
 from __future__ import annotations
 
+import base64
 import functools
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.export
 import jax.numpy as jnp
+import jaxlib
 from jax import lax
 from jaxtyping import Array, Float
 
+from lorajax_kernels import jax_cache
 from lorajax_kernels.device import HOPPER, Device, current_device, is_assumed
 from lorajax_kernels.lora import triton
 from lorajax_kernels.triton_call import stand_in
@@ -174,8 +179,24 @@ def _call(lefts: tuple[Array, ...], rights: tuple[Array, ...], options: _Options
 def _lowered(
     lefts: tuple[jax.ShapeDtypeStruct, ...], rights: tuple[jax.ShapeDtypeStruct, ...], options: _Options
 ) -> jax.export.Exported:
-    """Lowered once for all programs of a process: it takes Mosaic a third of a second."""
+    """Lowered once for all programs of a process, or of all where JAX has a folder for compiled programs.
 
+    It takes Mosaic a third of a second; JAX looks for a program in that folder only once all is lowered.
+    """
+    source = Path(__file__).read_text(encoding="utf-8")
+    key = "\0".join([source, jax.__version__, jaxlib.__version__, repr((lefts, rights, options))])
+    if importlib.util.find_spec("flatbuffers") is None:  # which JAX writes with
+        return _lower(lefts, rights, options)
+    if (kept := jax_cache.load("mosaic", key)) is not None:
+        return jax.export.deserialize(bytearray(base64.b64decode(kept)))
+    made = _lower(lefts, rights, options)
+    jax_cache.store("mosaic", key, base64.b64encode(made.serialize()).decode())
+    return made
+
+
+def _lower(
+    lefts: tuple[jax.ShapeDtypeStruct, ...], rights: tuple[jax.ShapeDtypeStruct, ...], options: _Options
+) -> jax.export.Exported:
     def sum_of_products(lefts: tuple[Array, ...], rights: tuple[Array, ...]) -> Array:
         return _kernel(lefts, rights, options, None)
 
