@@ -141,7 +141,7 @@ def restore_state(checkpoint: Path, like: TrainState) -> TrainState:
     """The train state in a checkpoint.
 
     Args:
-        like: a state of the same structure, shapes, dtypes and shardings.
+        like: a state of the same structure, shapes, dtypes and shardings; shapes will do in place of arrays.
 
     Raises:
         UserError: it cannot be read, or is of another structure.

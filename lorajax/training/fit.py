@@ -43,7 +43,13 @@ from lorajax.training.metrics import (
     truncate_metrics,
 )
 from lorajax.training.planning import ANSWERED_AT_ONCE, plan_answers, planned
-from lorajax.training.program import Program, compile_planned, first_state, use_compilation_cache
+from lorajax.training.program import (
+    Program,
+    compile_planned,
+    first_state,
+    state_shapes,
+    use_compilation_cache,
+)
 from lorajax.training.progress import NotFinite, Progress, Totals
 from lorajax.training.signals import StopRequest
 from lorajax.training.step import TrainState
@@ -118,9 +124,12 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
     before = _answers(inputs, model, ready.answered_at_once)
     graph, trainable, frozen = split_weights(model, config.train.mode)
     del model  # the first step takes over its trainable leaves
-    state = first_state(inputs, trainable)
-    if checkpoint is not None:
-        state = restore_state(checkpoint, state)
+    if checkpoint is None:
+        state = first_state(inputs, trainable)
+    else:
+        like = state_shapes(inputs, trainable)
+        trainable = {}  # their memory is what the checkpoint's take
+        state = restore_state(checkpoint, like)
 
     folder = prepare_folder(config, checkpoint)
     if position is None:

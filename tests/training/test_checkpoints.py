@@ -17,6 +17,7 @@ import pytest
 
 from lorajax.config import TrainConfig
 from lorajax.errors import UserError
+from lorajax.sharding import data_mesh, replicated, shapes
 from lorajax.training import checkpoints as checkpoints_module
 from lorajax.training import fit
 from lorajax.training.checkpoints import (
@@ -69,6 +70,8 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     restored = restore_state(tmp_path / "7", make_state(seed=4))
     assert bits(restored) == bits(state) != bits(make_state(seed=4))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
+    like = shapes(make_state(), replicated(data_mesh()))
+    assert bits(restore_state(tmp_path / "7", like)) == bits(state)
 
 
 def test_a_state_may_be_donated_while_it_is_written(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import pytest
 
 from lorajax.config import Config
@@ -59,6 +61,28 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         monkeypatch.setattr(Progress, "step_started", started_and_stopped)
+
+    return arm
+
+
+@pytest.fixture
+def held_by_restores(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
+    """held_by_restores(): a list of the bytes that arrays take, beyond today's, as a state is restored."""
+    module = sys.modules["lorajax.training.fit"]
+
+    def held() -> int:
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    def arm() -> list[int]:
+        before, found, restore = held(), [], module.restore_state
+
+        def restore_state(*arguments):
+            found.append(held() - before)
+            return restore(*arguments)
+
+        monkeypatch.setattr(module, "restore_state", restore_state)
+        return found
 
     return arm
 
@@ -109,7 +133,7 @@ def run(quick_config) -> Callable[[str], Config]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_that_was_stopped_goes_on_exactly(
-    kind, run, exact_metrics, stop_in_step, monkeypatch, tmp_path, capsys
+    kind, run, exact_metrics, stop_in_step, held_by_restores, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr(step_module, "_GROWTH_STEPS", 6)  # so that float16's loss scale changes several times
     alone = fit(into(run(kind), tmp_path / "alone"))
@@ -126,8 +150,11 @@ def test_a_run_that_was_stopped_goes_on_exactly(
     assert exact_metrics(stopped.output_dir) == [row for row in expected if row["step"] <= 7]
     assert "stopped by SIGTERM after step 7: its checkpoint is in" in capsys.readouterr().out
 
+    restores = held_by_restores()
     complete = fit(resumed(run(kind)))
     assert (complete.stopped_by, complete.steps) == (None, alone.steps)
+    # What the checkpoint's state takes the place of has gone by then.
+    assert len(restores) == 1 and (kind != "full" or restores[0] < len(weights(alone.output_dir)) / 2)
     assert exact_metrics(complete.output_dir) == expected
     assert weights(complete.output_dir) == weights(alone.output_dir)
 
