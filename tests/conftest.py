@@ -8,15 +8,17 @@ import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from lorajax.config import DataConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Most of the time goes into making programs fast that then run for milliseconds: into LLVM's optimisation on
 # a CPU, and on a GPU into timing the ways to multiply.
@@ -28,6 +30,8 @@ if not _HAS_GPU and tuple(map(int, version("jaxlib").split(".")[:2])) < (
 ):  # a later XLA knows no such flag, and stops at it
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _QUICK)
+# Which lines an op comes from, up to ten for each, is a tenth of the time that programs take to be made.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 if not _HAS_GPU:
     # JAX' CUDA plugin, which tests compile with, complains in every process of the libraries it lacks.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -61,6 +65,8 @@ MARKED_TEMPLATE = (
 
 def _make_tokenizer(template: str | None = ROLE_TEMPLATE, **special: str) -> PreTrainedTokenizerFast:
     """A tokenizer whose pad token is its EOS token."""
+    from transformers import PreTrainedTokenizerFast
+
     rust = Tokenizer(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()

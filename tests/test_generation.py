@@ -138,6 +138,7 @@ def test_each_row_ends_at_its_own_eos(make_model, ids_tokenizer, expected, named
     assert len(answers[1]) <= 5
 
 
+@pytest.mark.slow
 def test_writing_stops_once_every_row_has_ended(make_model, tokenizer):
     model = make_model()
     model.eos_token_ids = tuple(range(350))
@@ -181,10 +182,12 @@ def test_other_prompts_change_nothing(model, ids_tokenizer, options):
     assert answers_of(model, ids_tokenizer, others, **options)[1] == answer
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing(model, ids_tokenizer, expected):
     assert answers_of(model, ids_tokenizer, PROMPTS, batch_size=1) == cut(expected, 2)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_seed_and_the_place(model, ids_tokenizer):
     def draw(seed):
         prompts = [PROMPTS[2], "hello", "hello", "hello"]

@@ -33,14 +33,14 @@ def test_quickstart_runs(tmp_path, monkeypatch):
     notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
     (settings,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     rows = (Path(lorajax.__file__).parent / "assets" / "quickstart.jsonl").read_text().splitlines(True)
-    (tmp_path / "rows.jsonl").write_text("".join(rows[:100]))
-    settings.source += "\nmax_steps, max_new_tokens, data_path = 4, 16, 'rows.jsonl'\n"
+    (tmp_path / "rows.jsonl").write_text("".join(rows[:60]))
+    settings.source += "\nmax_steps, max_new_tokens, data_path = 2, 8, 'rows.jsonl'\n"
     nbclient.NotebookClient(
         notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
 
     assert "⟦" in _printed(notebook, "data") and "<|im_end|>⟧" in _printed(notebook, "data")
-    assert "4 steps in" in _printed(notebook, "report")
+    assert "2 steps in" in _printed(notebook, "report")
     assert "adapter_model.safetensors" in _printed(notebook, "save")
     assert (tmp_path / "runs" / "notebook" / "metrics.jsonl").is_file()
     assert (tmp_path / "runs" / "merged" / "model.safetensors").is_file()

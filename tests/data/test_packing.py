@@ -53,6 +53,7 @@ def expected_documents(documents):
     return [(tuple(tokens.tolist()), tuple(mask[1:].astype(np.float32))) for tokens, mask in documents]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_every_document_appears_once_an_epoch(packing, epochs):
@@ -88,6 +89,7 @@ def test_last_batch_is_filled_with_empty_rows():
     assert sorted(used) == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_order_is_seeded_and_another_in_each_epoch():
     documents = make_documents(300)
     by_seed = [found_documents(batches_of(documents, seed=seed)) for seed in (3, 3, 4)]
@@ -145,6 +147,7 @@ def test_resumes_exactly(packing, prefetch):
         resumed.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"packing": False}, {"epochs": 3}, {"shuffle": False}, {"max_segments": 2}]
 )

@@ -76,6 +76,7 @@ def test_xla_equals_reference(heads, kv_heads, chunk):
     assert_close(found, forward_and_gradients(dense(), *arrays), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk", "options"),
     (

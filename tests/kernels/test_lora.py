@@ -433,6 +433,7 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         lora_linears(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", (0.0, 0.4))
 def test_a_norm_before_the_layers_is_that_of_x(dropout):
     """Values, gradients, and that what is normalised is no residual."""

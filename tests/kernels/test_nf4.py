@@ -423,6 +423,7 @@ assert (w == dequantize_nf4(q)).all()
 """
 
 
+@pytest.mark.slow
 def test_rows_are_dequantized_where_they_are():
     environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True)

@@ -126,24 +126,22 @@ def test_steps_compile_for_gpus_that_are_not_here(name, config_of):
 def test_memory_grows_with_rows_layers_and_what_is_kept(config_of):
     variants = [
         Variant(Layout(4, "full"), 1),
-        Variant(Layout(2, "full"), 1),
+        Variant(Layout(2, "full"), 1, micro_batches=3),
         Variant(Layout(3, "full"), 1),
-        Variant(Layout(3, "full"), 1, micro_batches=2),
         Variant(Layout(4, "none"), 2),
         Variant(Layout(4, "none"), 5),
         Variant(Layout(4, "full", 4), 1),
     ]
     found = list(compile_variants(config_of(), find_target("l4"), variants))
-    whole, half, uneven, other, deeper, deepest, in_chunks = found
-    assert half.temporaries < 0.7 * whole.temporaries and half.arguments == whole.arguments
+    whole, half, uneven, deeper, deepest, in_chunks = found
+    assert half.temporaries < 0.7 * whole.temporaries
+    assert half.arguments > whole.arguments  # six rows, not four
     assert in_chunks.temporaries < 0.8 * whole.temporaries
-    assert half.temporaries < other.temporaries < whole.temporaries
-    assert other.arguments > whole.arguments  # six rows, not four
-    assert deeper.temporaries > 1.3 * whole.temporaries and deeper.arguments > other.arguments
+    assert deeper.temporaries > 1.3 * whole.temporaries and deeper.arguments > whole.arguments
     # What cannot be compiled does not stop the others.
     assert uneven == Failed("4 rows cannot be cut into micro-batches of 3")
     assert deepest == Failed("the model has 4 layers, not 5")
-    assert all(isinstance(each, Compiled) for each in (whole, half, other, deeper))
+    assert all(isinstance(each, Compiled) for each in (whole, half, deeper, in_chunks))
 
 
 @pytest.mark.slow

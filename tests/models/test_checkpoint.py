@@ -157,6 +157,7 @@ def test_random_weights(write_llama, tmp_path, leaves):
     assert (other["embed.weight"] != found["embed.weight"]).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_random_weights_by_default(write_llama, tmp_path, leaves):
     found = leaves(initialise(write_llama(tmp_path), seed=0))
     assert {values.dtype for values in found.values()} == {jnp.dtype(jnp.bfloat16)}

@@ -303,7 +303,7 @@ class Alone(NamedTuple):
     weights: bytes
 
 
-STEPS = 48
+STEPS = 36
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +402,7 @@ def unfinished(folder: Path) -> bool:
 
 
 KILLS = [
-    *["as a checkpoint begins"] * 3,
+    *["as a checkpoint begins"] * 2,
     *["in a checkpoint"] * 2,
     *["in a step"] * 1,
     *["in the start"] * 1,
