@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,14 @@ from lorajax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+def _not_about_torch(record: logging.LogRecord) -> bool:
+    """False for what Transformers says without torch: that it lacks its models, which nobody asks it for."""
+    return "PyTorch was not found" not in record.getMessage()
+
+
+logging.getLogger("transformers").addFilter(_not_about_torch)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +14,24 @@ def test_local_folder_round_trip(tmp_path, tokenizer):
     assert loaded.eos_token == "<|im_end|>"
     assert loaded.chat_template == tokenizer.chat_template
     assert loaded("hello fox")["input_ids"] == tokenizer("hello fox")["input_ids"]
+
+
+def test_nothing_is_said_of_torch_which_nobody_needs(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    program = f"""
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+from lorajax.data import load_tokenizer
+load_tokenizer({str(tmp_path)!r})
+import logging, sys
+assert "torch" not in sys.modules
+logging.getLogger("transformers").warning("something else")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.split("\n")[-2:] == ["[transformers] something else", ""]
+    assert "PyTorch" not in done.stderr
 
 
 def test_unknown_tokenizer_class_falls_back_to_tokenizer_json(tmp_path, tokenizer):
