@@ -1,6 +1,9 @@
 """LoRA fine-tuning of Hugging Face language models in JAX."""
 
 import importlib
+import logging
+import os
+import shutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,6 +42,18 @@ __all__ = [
     "save_adapter",
     "save_merged",
 ]
+
+
+def _not_about_missing_cuda(record: logging.LogRecord) -> bool:
+    """False for JAX' account of its CUDA plugin where there is no driver: plans compile with it there."""
+    text = record.getMessage()
+    if not text.startswith("Jax plugin configuration error") or "cuda" not in text:
+        return True
+    return os.path.exists("/proc/driver/nvidia") or shutil.which("nvidia-smi") is not None
+
+
+# Pages of traceback otherwise, whatever is run, once lorajax[plan] is installed.
+logging.getLogger("jax._src.xla_bridge").addFilter(_not_about_missing_cuda)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,8 @@
 """The package as it is installed: metadata, modules, commands, and the configs that come with it."""
 
+import logging
+import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import metadata, requires, version
@@ -57,6 +60,34 @@ def test_configs_are_read_without_heavy_imports(tmp_path):
     result = run("-c", code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+def test_a_cuda_plugin_that_nothing_can_run_on_is_passed_over_in_silence(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    result = subprocess.run(
+        [sys.executable, "-c", "import lorajax, jax; print(jax.default_backend())"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (result.stdout.strip(), result.stderr.strip()) == ("cpu", "")
+
+
+def test_what_else_jax_says_of_its_plugins_is_not_kept_back(monkeypatch):
+    said = "Jax plugin configuration error: Exception when calling jax_plugins.{}.initialize()"
+
+    def heard(plugin: str) -> bool:
+        record = logging.makeLogRecord({"msg": said.format(plugin)})
+        return bool(logging.getLogger("jax._src.xla_bridge").filter(record))
+
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert heard("libtpu") and not heard("xla_cuda13")
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert heard("xla_cuda13")
 
 
 def test_train_command_explains_itself_from_another_folder(tmp_path):
