@@ -371,7 +371,10 @@ def _problems(config: Config) -> Iterator[str]:
     if train.eval_steps > 0 and data.eval_path is None and data.eval_fraction == 0:
         yield "train.eval_steps is set, but not data.eval_path or data.eval_fraction; set one of them"
     if output.overwrite_output_dir and train.resume_from_checkpoint == "auto":
-        yield "output.overwrite_output_dir deletes what train.resume_from_checkpoint needs; keep one"
+        yield (
+            "output.overwrite_output_dir deletes what train.resume_from_checkpoint needs; to go on, add "
+            "--output.overwrite_output_dir false"
+        )
 
 
 def _key_of(problem: str) -> str:

@@ -588,7 +588,7 @@ def test_contradictions_name_where_each_was_written(tmp_path):
 
 def test_overwriting_what_is_to_be_resumed(tmp_path):
     flags = ["--output.overwrite_output_dir=true", "--train.resume_from_checkpoint=auto"]
-    assert "overwrite_output_dir deletes what train.resume_from_checkpoint needs" in message(
+    assert "train.resume_from_checkpoint needs; to go on, add --output.overwrite_output_dir false" in message(
         tmp_path, MINIMAL, *flags
     )
     load_config(write(tmp_path, MINIMAL), [flags[0], "--train.resume_from_checkpoint=other/checkpoints/3"])
