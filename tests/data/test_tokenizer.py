@@ -30,7 +30,7 @@ logging.getLogger("transformers").warning("something else")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.split("\n")[-2:] == ["[transformers] something else", ""]
+    assert "something else" in done.stderr.splitlines()[-1]
     assert "PyTorch" not in done.stderr
 
 

@@ -1,6 +1,7 @@
 """The benchmarks of the kernels: what they report, and that they run."""
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from lorajax_kernels.measure import Time
+
+from lorajax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -94,8 +97,32 @@ def test_all_run_in_one_process(tmp_path):
     assert record["ceilings"]["flops"] > 0 and record["versions"]["jax"]
 
 
+@pytest.fixture
+def attention_losses(monkeypatch):
+    """The module, whose runs are of this process."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    before = set(sys.modules)
+    module = importlib.import_module("attention_losses")
+
+    def run(script, arguments):
+        config, here, steps, *overrides = arguments
+        assert here == "--here"
+        try:
+            return module.train(config, int(steps.removeprefix("--steps=")), overrides)
+        except (UserError, ValueError) as error:
+            return {"error": str(error)}
+
+    monkeypatch.setattr(module, "last_json", run)
+    yield module
+    for name in ("attention_losses", "environment", "processes"):
+        if name not in before:
+            del sys.modules[name]
+
+
 @pytest.mark.slow
-def test_losses_of_each_attention_implementation(llama_folder, write_rows, tmp_path):
+def test_losses_of_each_attention_implementation(
+    attention_losses, compilation_cache, llama_folder, write_rows, monkeypatch, tmp_path
+):
     config, out = tmp_path / "config.yaml", tmp_path / "losses.json"
     data = write_rows([{"prompt": "the capital of", "completion": "France is Paris"}] * 8)
     config.write_text(
@@ -104,12 +131,8 @@ def test_losses_of_each_attention_implementation(llama_folder, write_rows, tmp_p
         "train: {per_device_train_batch_size: 1}\n"
         "output: {output_dir: none}\n"
     )
-    command = [
-        sys.executable,
-        REPOSITORY / "benchmarks" / "attention_losses.py",
-        *(config, "--out", out, "--steps", "2", "--float32"),
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    monkeypatch.setattr(sys, "argv", ["losses", str(config), f"--out={out}", "--steps=2", "--float32"])
+    attention_losses.main()
     record = json.loads(out.read_text())
     losses = record["losses"]
     assert {"xla", "xla, float32"} <= losses.keys(), record["refused"]
