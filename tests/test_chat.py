@@ -167,6 +167,7 @@ def test_dialogue_goes_on_after_what_is_too_long(say, llama_folder, answer, caps
     assert "/reset begins a new dialogue" in err
 
 
+@pytest.mark.slow
 def test_run_brings_model_adapter_and_template(chat, llama_folder, adapter, answer, tmp_path):
     template = tmp_path / "template.jinja"
     template.write_text("{% for message in messages %}{{ message['content'] }}?{% endfor %}")

@@ -197,6 +197,7 @@ def test_draws_follow_the_seed_and_the_place(model, ids_tokenizer):
     assert len({*draw(3), *draw(4)}) == 6
 
 
+@pytest.mark.slow
 def test_each_token_is_a_draw_of_its_own(make_model, ids_tokenizer):
     model = make_model()
     model.head.weight[...] = jnp.zeros_like(model.head.weight[...])  # all tokens are equally likely

@@ -143,6 +143,7 @@ def test_changing_one_segment_leaves_the_others_bit_for_bit(function, dtype):
         np.testing.assert_array_equal(found[~changed], expected[~changed])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)))
 @pytest.mark.parametrize("function", (dense(), chunked(None), chunked(8)), ids=("reference", "xla", "xla-8"))
 def test_packed_equals_separate(function, dtype, tolerance):

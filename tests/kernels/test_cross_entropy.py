@@ -68,6 +68,7 @@ def test_equals_dense_logits(chunk, softcap):
     assert loss.dtype == weight.dtype == jnp.float32 and loss.shape == weight.shape == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 def test_half_precision_is_close_to_float32(dtype):
     x, head, targets, weights = inputs(dtype)
@@ -77,6 +78,7 @@ def test_half_precision_is_close_to_float32(dtype):
     assert_close(found, loss_and_gradients(dense_loss, *wide), 1e-2)
 
 
+@pytest.mark.slow
 def test_head_may_be_wider_than_x():
     x, head, targets, weights = inputs()
     found = loss_and_gradients(
@@ -86,6 +88,7 @@ def test_head_may_be_wider_than_x():
     assert_close(found, loss_and_gradients(dense_loss, x, head, targets, weights), 2e-2)
 
 
+@pytest.mark.slow
 def test_float16_logits_and_head_gradients_do_not_overflow():
     x, head, targets, weights = inputs(jnp.float16, rows=400)
     x, head, targets = 300 * jnp.abs(x), 100 * head, jnp.minimum(targets, 0)  # logits beyond 65504

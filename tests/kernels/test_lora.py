@@ -137,6 +137,7 @@ def test_equals_reference(arrangement, options):
     assert_close(found, outputs_and_gradients(reference_lora_linears, *arguments), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arrangement", "dtype", "weight_dtype"),
     (

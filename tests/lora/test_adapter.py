@@ -61,6 +61,7 @@ def test_targets_that_cannot_be(model, target_modules, message):
     assert adapters(model) == {} and model.lora_config is None
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_changes_nothing(model, tokens):
     base = np.asarray(model(tokens))
     add_lora(model, LoRAConfig(rank=4), seed=0)
@@ -111,6 +112,7 @@ def test_first_values_are_the_same_in_every_process(model):
     np.testing.assert_allclose(a[0, :3], [0.105152, -0.17443712, -0.02176358], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_new_adapter_replaces_the_old_one(model, randomise, tokens):
     base = np.asarray(model(tokens))
     add_lora(model, LoRAConfig(rank=4, dropout=0.5, target_modules=("q_proj",)), seed=0)

@@ -136,6 +136,7 @@ def test_adapter(write_llama, tmp_path, leaves):
         np.testing.assert_array_equal(values, expected[name])
 
 
+@pytest.mark.slow
 def test_random_weights(write_llama, tmp_path, leaves):
     folder = write_llama(tmp_path, attention_bias=True, initializer_range=0.5)
     (folder / "model.safetensors").unlink()

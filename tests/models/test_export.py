@@ -84,6 +84,7 @@ def test_merged_weights(write_llama, tmp_path):
     assert not any("lora" in name for name in found)
 
 
+@pytest.mark.slow
 def test_merged_logits(write_llama, tmp_path, random_tokens, difference):
     config = LoRAConfig(rank=4, alpha=6.0)
     model = trained(load(write_llama(tmp_path / "model"), lora=config, dtype="float32"))
@@ -132,6 +133,7 @@ def test_shards(write_llama, tmp_path, monkeypatch, leaves, assert_same_leaves):
     assert_same_leaves(load(folder), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old_shards", [True, False])
 def test_an_older_model_is_replaced(old_shards, write_llama, tmp_path, monkeypatch, assert_same_leaves):
     """Also where one of the two is in shards; files of other names stay."""

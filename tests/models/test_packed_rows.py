@@ -83,6 +83,7 @@ def run(write_llama, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @IMPLEMENTATIONS
 def test_packed_equals_separate(implementation, run, difference):
     packed, separate, places = rows()

@@ -347,7 +347,8 @@ def test_kernels_are_chosen_for_a_program_that_is_split_over_devices(checkpointi
 # --- packing ---
 
 
-@pytest.mark.parametrize("attention", ["xla", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["xla", "reference"])
 def test_packed_documents_have_the_gradients_of_separate_ones(attention, gradient):
     rows = {name: array[5:6] for name, array in make_batch(seed=3).items()}
     rows["weights"] = (rows["segment_ids"] > 0).astype(np.float32)
