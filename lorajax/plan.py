@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         rest.append(f"--memory.budget={own.budget}")
     config, _ = parse_arguments(rest, prog=parser.prog, own_flags=_FLAGS)
     if own.device != "auto":
-        # Nothing runs here, and without a GPU JAX' CUDA plugin complains of what it lacks.
+        # Nothing runs here: if there is a GPU, it is left alone.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # These take seconds to import: mistakes answer at once.
     from lorajax.memory.plan import Plan, check_picture

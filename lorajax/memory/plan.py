@@ -24,6 +24,7 @@ from lorajax.memory.planner import (
     estimate,
     estimates,
     micro_batch_counts,
+    unbeaten,
 )
 from lorajax.memory.policy import ACTIVATIONS, GRADIENT, Checkpointing, Layout, Policy
 from lorajax.memory.refusal import refusal
@@ -469,11 +470,7 @@ def _in_parts(layout: Layout) -> str:
 
 def front(options: Iterable[Estimate]) -> list[Estimate]:
     """Those that no smaller one beats in time, from the largest to the smallest."""
-    best: list[Estimate] = []
-    for option in sorted(options, key=lambda option: (option.device.total, option.seconds)):
-        if not best or option.seconds < best[-1].seconds:
-            best.append(option)
-    return best[::-1]
+    return unbeaten(options, lambda option: (option.seconds, option.device.total, 0))
 
 
 def thinned(options: Sequence[Estimate], count: int) -> list[Estimate]:

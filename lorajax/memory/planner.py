@@ -11,12 +11,14 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from lorajax.memory.costs import GROUPS, Costs, Rates, Workload
 from lorajax.memory.policy import MADE_IN_CHUNKS, LayerPolicy, Layout, Policy
+
+T = TypeVar("T")
 
 # Steps between none and all of the layers that are looked at.
 PARTS = 8
@@ -129,26 +131,26 @@ def micro_batch_counts(rows: int) -> list[int]:
 def estimates(problem: Problem) -> list[Estimate]:
     """All that could be chosen and is not beaten in time and both memories at once; fastest first."""
     found = [estimate for count in problem.micro_batches for estimate in _layouts(problem, count)]
-    return [found[place] for place in unbeaten([(e.seconds, e.device.total, e.host) for e in found])]
+    return unbeaten(found, lambda each: (each.seconds, each.device.total, each.host))
 
 
-def unbeaten(costs: Sequence[tuple[float, int, int]]) -> list[int]:
-    """Places of those that none other is as low as in all three, the lowest first."""
-    front: list[int] = []
-    # What those so far reach in the last two: the more of the one, the less of the other.
-    seconds: list[int] = []
-    thirds: list[int] = []
-    for place in sorted(range(len(costs)), key=costs.__getitem__):
-        _, second, third = costs[place]
-        below = bisect.bisect_right(seconds, second)
-        if below and thirds[below - 1] <= third:
+def unbeaten(options: Iterable[T], cost: Callable[[T], tuple[float, int, int]]) -> list[T]:
+    """Those that none other is as low as in all three costs, the lowest first."""
+    best: list[T] = []
+    # What those so far reach in the last two costs: the more of the one, the less of the other.
+    ones: list[int] = []
+    others: list[int] = []
+    for option in sorted(options, key=cost):
+        _, one, other = cost(option)
+        below = bisect.bisect_right(ones, one)
+        if below and others[below - 1] <= other:
             continue
-        front.append(place)
-        first = end = bisect.bisect_left(seconds, second)
-        while end < len(thirds) and thirds[end] >= third:
+        best.append(option)
+        first = end = bisect.bisect_left(ones, one)
+        while end < len(others) and others[end] >= other:
             end += 1
-        seconds[first:end], thirds[first:end] = [second], [third]
-    return front
+        ones[first:end], others[first:end] = [one], [other]
+    return best
 
 
 def estimate(problem: Problem, layout: Layout) -> Estimate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -110,8 +110,9 @@ def _named(plan: Plan) -> dict[str, Estimate]:
         (layer, *others), chunked = set(policy.layers), asked.mlp_chunks > 1
         if not others and policy.copy_span == 1 and not (chunked and layer.keeps(*MADE_IN_CHUNKS)):
             policies.append(layer.actions)
+    corrected = _corrections(plan)
     return {
-        spelled(policy): _as_corrected(plan, estimate(problem, asked._replace(checkpointing=policy)))
+        spelled(policy): corrected(estimate(problem, asked._replace(checkpointing=policy)))
         for policy in policies
     }
 
@@ -155,18 +156,23 @@ def _shorter_rows(plan: Plan) -> Iterator[str]:
         else:
             found = [estimate(shorter, asked._replace(checkpointing=plan.asked))]
         there = replace(plan, tokens=plan.tokens * length // whole, sizes={})
-        moved = (_as_corrected(plan, option, length / whole) for option in found)
-        if best := next((option for option in moved if there.fits(option)), None):
+        moved = map(_corrections(plan, length / whole), found)
+        if best := next(filter(there.fits, moved), None):
             yield _offer(there, best, f"--data.max_length {length}")
             return
 
 
-def _as_corrected(plan: Plan, option: Estimate, share: float = 1.0) -> Estimate:
-    """A new estimate, off by a share of what that of the chosen layout was."""
+def _corrections(plan: Plan, share: float = 1.0) -> Callable[[Estimate], Estimate]:
+    """For new estimates: they are off by a share of what that of the chosen layout was."""
     assert plan.problem is not None
     before, chosen = estimate(plan.problem, plan.chosen.layout), plan.chosen
-    off = (chosen.device.total - before.device.total) * option.layout.rows / chosen.layout.rows
-    return option.corrected(int(off * share), chosen.host / before.host if before.host else 1.0)
+    off = chosen.device.total - before.device.total
+    away = chosen.host / before.host if before.host else 1.0
+
+    def corrected(option: Estimate) -> Estimate:
+        return option.corrected(int(off * option.layout.rows / chosen.layout.rows * share), away)
+
+    return corrected
 
 
 def spelled(asked: Checkpointing) -> str:

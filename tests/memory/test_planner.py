@@ -149,7 +149,7 @@ def test_all_that_is_not_beaten_is_found(costs):
     def beaten(cost):
         return any(other != cost and all(map(operator.le, other, cost)) for other in costs)
 
-    found = [costs[place] for place in unbeaten(costs)]
+    found = unbeaten(costs, lambda cost: cost)
     assert found == sorted(cost for cost in costs if not beaten(cost))
 
 

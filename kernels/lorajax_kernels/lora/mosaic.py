@@ -183,10 +183,10 @@ def _lowered(
 
     It takes Mosaic a third of a second; JAX looks for a program in that folder only once all is lowered.
     """
-    source = Path(__file__).read_text(encoding="utf-8")
-    key = "\0".join([source, jax.__version__, jaxlib.__version__, repr((lefts, rights, options))])
     if importlib.util.find_spec("flatbuffers") is None:  # which JAX writes with
         return _lower(lefts, rights, options)
+    source = Path(__file__).read_text(encoding="utf-8")
+    key = "\0".join([source, jax.__version__, jaxlib.__version__, repr((lefts, rights, options))])
     if (kept := jax_cache.load("mosaic", key)) is not None:
         return jax.export.deserialize(bytearray(base64.b64decode(kept)))
     made = _lower(lefts, rights, options)
