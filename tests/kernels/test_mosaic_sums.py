@@ -332,6 +332,37 @@ def test_a_kernel_is_lowered_once_for_all_processes(compilation_cache, monkeypat
     mosaic._lowered.cache_clear()
 
 
+FROM_CACHE = """
+import os, jax, jax.numpy as jnp
+from lorajax_kernels.lora import mosaic
+
+lowered = []
+lower = mosaic._lower
+mosaic._lower = lambda *arguments: lowered.append(1) or lower(*arguments)
+pair = tuple((jax.ShapeDtypeStruct((256, 64), jnp.bfloat16),) for _ in range(2))
+mosaic._lowered(*pair, mosaic._Options(True, (0,), mosaic.Tiling(columns=128, stages=3), 2))
+print(len(lowered), os.path.exists(os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"]))
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="JAX' CUDA plugin is not installed (lorajax[plan])",
+)
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="it is for JAX 0.11")
+def test_a_process_that_lowers_nothing_knows_where_the_runtime_is(tmp_path):
+    """Without it XLA's compiler fails on the GPU, and so does what it has compiled before."""
+    pytest.importorskip("flatbuffers")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    environment.pop("MOSAIC_GPU_RUNTIME_LIB_PATH", None)
+    command = [sys.executable, "-c", FROM_CACHE]
+    found = [
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+        for _ in range(2)
+    ]
+    assert found == ["1 True", "0 True"]
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
     reason="JAX' CUDA plugin is not installed (lorajax[plan])",

@@ -183,6 +183,8 @@ def _lowered(
 
     It takes Mosaic a third of a second; JAX looks for a program in that folder only once all is lowered.
     """
+    import jax.experimental.mosaic.gpu  # noqa: F401  it tells XLA where Mosaic's runtime is, which any program needs
+
     if importlib.util.find_spec("flatbuffers") is None:  # which JAX writes with
         return _lower(lefts, rights, options)
     source = Path(__file__).read_text(encoding="utf-8")
