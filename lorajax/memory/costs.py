@@ -54,19 +54,19 @@ class Efficiency:
     link: float
 
 
-EFFICIENCY = Efficiency(products=0.94, attention={0: 0.45, 80: 0.55, 128: 0.67}, passes=0.80, link=0.95)
+EFFICIENCY = Efficiency(products=0.96, attention={0: 0.45, 80: 0.55, 128: 0.67}, passes=0.80, link=0.88)
 # The backward pass of attention makes five products where the forward pass makes two, in more time each.
 ATTENTION_BACKWARD = 3.3
 # Passes over activations of width D and F in a layer's forward and backward pass, each reading or writing its
 # input once: norms, rotation, residuals, gates, and what adapters read.
-FORWARD_PASSES = {"hidden": 14.0, "inner": 3.0}
-BACKWARD_PASSES = {"hidden": 22.0, "inner": 9.0}
+FORWARD_PASSES = {"hidden": 11.5, "inner": 3.0}
+BACKWARD_PASSES = {"hidden": 24.0, "inner": 9.0}
 # Times that the weights are read in a micro-batch besides what the products' own rate covers.
-WEIGHT_PASSES = 3.0
+WEIGHT_PASSES = 2.0
 # Seconds that a kernel takes however little it does, and about how many a layer has: in its forward pass, in
 # its backward pass, and those that make all of its activations again.
 KERNEL = 5e-6
-FORWARD_KERNELS, BACKWARD_KERNELS, RECOMPUTED_KERNELS = 45, 55, 40
+FORWARD_KERNELS, BACKWARD_KERNELS, RECOMPUTED_KERNELS = 40, 47, 42
 
 # xla_gpu_dot_merger_threshold_mb
 _JOINED_BELOW = 32 * 2**20
