@@ -19,11 +19,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from environment import environment, known_rows
+from environment import cores, environment, known_rows
 from train_step import PACKAGES, cache_folder, compile_side_by_side, measure_together
 
 _ATTENTION = ("query", "key", "value", "attention_output", "attention_lse", "block_middle", "lora_hidden")
@@ -139,8 +138,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(BUDGETS), metavar="MODEL,ROWS,LENGTH")
     parser.add_argument("--budgets", nargs="+", help="of each of these models; none: as much as there is")
     parser.add_argument("--cache", metavar="FOLDER", help="of compiled programs; none: for this run alone")
-    cores = os.cpu_count() or 1
-    parser.add_argument("--jobs", type=int, default=max(cores // 2, 1), help="that compile at a time")
+    parser.add_argument("--jobs", type=int, default=max(cores() // 2, 1), help="that compile at a time")
     parser.add_argument("--out", required=True, help="JSON file for the result")
     parser.add_argument("--resume", action="store_true", help="go on from what --out holds")
     parser.add_argument("--commit", help="of the code, where git cannot tell")

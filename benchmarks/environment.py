@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment(*packages: str, commit: str | None = None) -> dict[str, Any]:
     """Date, commit, machine, and versions of Python and of these packages.
 
@@ -21,7 +26,7 @@ def environment(*packages: str, commit: str | None = None) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit or _commit(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},

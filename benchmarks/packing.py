@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from environment import environment
+from environment import cores, environment
 from processes import last_json
 from train_step import WARM_UP, cache_folder, hf_config, is_refused, prepare_machine, use_cache
 
@@ -248,8 +248,7 @@ def arguments_of_command() -> argparse.Namespace:
     parser.add_argument("--checkpointing", default="auto", help="memory.checkpointing of all cases")
     parser.add_argument("--budget", default="19.5GiB", help="memory.budget of all cases; none: no budget")
     parser.add_argument("--cache", metavar="FOLDER", help="of compiled programs; none: for this run alone")
-    cores = os.cpu_count() or 1
-    parser.add_argument("--jobs", type=int, default=max(cores // 2, 1), help="that compile at a time")
+    parser.add_argument("--jobs", type=int, default=max(cores() // 2, 1), help="that compile at a time")
     parser.add_argument("--out", help="JSON file for the result")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--here", choices=("prepare", "compile", "run"), help="one task, in this process")

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from environment import environment
+from environment import cores, environment
 from train_step import (
     PACKAGES,
     cache_folder,
@@ -151,9 +150,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a row")
     parser.add_argument("--batches", type=numbers, default=list(BATCHES), help="rows, such as 1,4,16,64")
     parser.add_argument("--cache", metavar="FOLDER", help="of compiled programs; none: for this run alone")
-    parser.add_argument(
-        "--jobs", type=int, default=max((os.cpu_count() or 1) // 2, 1), help="compile so many"
-    )
+    parser.add_argument("--jobs", type=int, default=max(cores() // 2, 1), help="compile so many")
     parser.add_argument("--plot", metavar="FILE", help="draw the result")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     arguments = parser.parse_args()

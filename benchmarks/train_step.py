@@ -17,7 +17,8 @@ compiles all cases first, eight side by side and without weights, and then times
 `compiled_anew` is the number of programs that a case did not find in the cache, `longest_parts` what the
 largest of its programs took to trace, to lower, and to compile or to load. While many compile, XLA times
 ways to multiply on a GPU that others use too, and may keep a slower one: take --jobs 1, or none, for figures
-that are held against a limit. --compile-only stops after the first phase.
+that are held against a limit. --compile-only stops after the first phase, or with --again after it has been
+gone through twice: cold and, in new processes, with what is in the cache by then.
 
     python benchmarks/train_step.py 8b,4,4096,full,auto 8b,4,4096,offload,auto --alternate 5 --out result.json
 
@@ -556,6 +557,7 @@ def arguments_of_command() -> argparse.Namespace:
         "--jobs", type=int, default=0, help="compile so many cases at a time, before any runs"
     )
     parser.add_argument("--compile-only", action="store_true", help="run nothing")
+    parser.add_argument("--again", action="store_true", help="with --compile-only: twice")
     parser.add_argument("--out", help="JSON file for the result")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
     parser.add_argument("--profile", help="JSON file for the kernels of a step, with --here")
@@ -588,7 +590,9 @@ def rows_of(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if cache or jobs:
             cache = stack.enter_context(cache_folder(cache))
         if arguments.compile_only:
-            yield from compile_side_by_side(cases, segments, cache=cache, jobs=max(jobs, 1)).values()
+            for again in range(2 if arguments.again else 1):
+                compiled = compile_side_by_side(cases, segments, cache=cache, jobs=max(jobs, 1))
+                yield from ({**row, "again": bool(again)} for row in compiled.values())
         elif arguments.alternate:
             if jobs:
                 compile_side_by_side(list(dict.fromkeys(cases)), segments, cache=cache, jobs=jobs)

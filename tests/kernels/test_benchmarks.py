@@ -141,3 +141,53 @@ def test_losses_of_each_attention_implementation(
     apart = max(abs(a - b) for a, b in zip(losses["xla"], losses["xla, float32"], strict=True))
     assert record["differences"]["xla - xla, float32"] == pytest.approx(apart, abs=1e-6)
     assert 0 < apart < 0.05
+
+
+@pytest.fixture
+def record(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    yield importlib.import_module("record")
+    del sys.modules["record"]
+
+
+def test_what_is_recorded_is_asked_of_scripts_that_know_it(record, tmp_path):
+    inputs = dict.fromkeys((*record.INPUTS, "folder", "cache", "configs", "tests"), "given")
+    for task in record.TASKS.values():
+        _, script, *arguments = record.command(task, inputs, tmp_path / "out.json", "abc")
+        if script == "-m":
+            assert arguments[0] == "pytest"
+            continue
+        source = Path(script).read_text()
+        options = {each.partition("=")[0] for each in arguments if each.startswith("--")}
+        assert {"--out", "--commit"} <= options
+        assert all(f'"{option}"' in source for option in options if "." not in option)
+    found = record.command(record.TASKS["train_step_1b"], inputs, tmp_path, None)
+    assert "given 1b,8,2048,0,0 1b,8,2048,u,0" in found
+
+
+def test_every_recorded_result_has_figures(record):
+    for path in (REPOSITORY / "benchmarks" / "results").glob("*-h200.json"):
+        benchmark = json.loads(path.read_text())["benchmark"]
+        assert len(record.figures(path, path)) > 5, benchmark
+
+
+def test_tasks_share_gpus_and_the_time(record, monkeypatch, capsys, tmp_path):
+    say = "pytest --version"
+    tasks = {
+        "says": record.Task(1, say),
+        "needs": record.Task(1, f"{say} {{data}}"),
+        "fails": record.Task(1, "pytest --no-such-option"),
+        "slow": record.Task(0.001, say),
+    }
+    monkeypatch.setattr(record, "TASKS", tasks)
+    command = ["record", f"--folder={tmp_path}", "--gpus=0,1", "--only", *tasks]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="True"):
+        record.main()
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[-4:]}
+    assert list(lines) == list(tasks)
+    assert "done" in lines["says"] and f"pytest {pytest.__version__}" in lines["says"]
+    assert "needs --data" in lines["needs"]
+    assert "failed, 4" in lines["fails"] and "stopped" in lines["slow"]
+    [late] = record.run_all(["says"], {"folder": str(tmp_path)}, None, ["0"], seconds=0)
+    assert late.outcome == "not begun"
