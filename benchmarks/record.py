@@ -75,7 +75,11 @@ TASKS = {
         6, "short_sequences.py --batches 1,4,16,64 --plot {folder}/short_sequences.png --cache {cache}"
     ),
     "tests": Task(6, "pytest -q -n 4 --dist=load {tests}/gpu", fraction=0.2),
-    "packing": Task(5, "packing.py --documents 1000 --data {data} --tokenizer {smollm2} --cache {cache}"),
+    "packing": Task(
+        6,
+        "packing.py --documents 1000 --padded 10,20,40 --packed 1,2 --data {data} --tokenizer {smollm2}"
+        " --cache {cache}",
+    ),
     "train_step_1b": Task(
         4,
         "train_step.py 1b,8,2048,auto@5.06GiB,auto 1b,8,2048,auto@19.5GiB,auto --jobs 1 --cache {cache}",

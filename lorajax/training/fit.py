@@ -78,6 +78,9 @@ class Result:
         seconds: spent in this process' training steps.
         tokens_per_second: of them, padding not counted; 0 where there were none.
         peak_memory_bytes: of the first GPU, or, on a CPU, of the process.
+        earlier_peak_memory_bytes: what that was before the weights were read. It never falls, so a run whose
+            peak is no higher took less: an earlier run of the process took as much, or the measuring of the
+            GPU's rates, which is done once.
         planned_memory_bytes: the most that the compiled programs take of a GPU; None where there is nothing
             to train, or on a CPU.
         stopped_by: the signal that ended the run early; None: it is complete.
@@ -91,6 +94,7 @@ class Result:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
+    earlier_peak_memory_bytes: int
     planned_memory_bytes: int | None
     stopped_by: signal.Signals | None
 
@@ -119,7 +123,7 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
     if config.train.init != "random":
         check_weights(inputs.model_path, inputs.outline, quantization=config.model.quantization)
     ready = _compile(inputs, done=0 if position is None else position.step)
-    inputs = ready.inputs
+    inputs, earlier_peak = ready.inputs, peak_memory_bytes()
     model = _load_model(inputs)
     before = _answers(inputs, model, ready.answered_at_once)
     graph, trainable, frozen = split_weights(model, config.train.mode)
@@ -163,6 +167,7 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
         seconds=done.totals.seconds,
         tokens_per_second=done.totals.tokens / done.totals.seconds if done.totals.seconds else 0.0,
         peak_memory_bytes=peak_memory_bytes(),
+        earlier_peak_memory_bytes=earlier_peak,
         planned_memory_bytes=done.planned,
         stopped_by=done.stopped_by,
     )
@@ -392,6 +397,9 @@ def _closing_line(result: Result, folder: RunFolder, config: Config) -> str:
             first_and_last = values if len(values) == 1 else (values[0], values[-1])
             parts.append(f"{name} {' -> '.join(f'{value:.3f}' for value in first_and_last)}")
     planned = "" if result.planned_memory_bytes is None else f", planned {gib(result.planned_memory_bytes)}"
-    parts.append(f"peak memory {gib(result.peak_memory_bytes)}{planned}")
+    peak = f"peak memory {gib(result.peak_memory_bytes)}{planned}"
+    if result.peak_memory_bytes <= result.earlier_peak_memory_bytes:
+        peak += " (the process had reached this peak before the run's first step)"
+    parts.append(peak)
     where = folder.adapter if config.train.mode == "lora" else folder.model
     return f"\n{'; '.join(parts)}\nwritten to {where}"

@@ -34,7 +34,8 @@ from lorajax.lora.config import LoRAConfig
 from lorajax.lora.peft import load_adapter
 from lorajax.models.checkpoint import load
 from lorajax.training import Result, Sample, fit
-from lorajax.training.fit import dry_run
+from lorajax.training.fit import _closing_line, dry_run
+from lorajax.training.folder import RunFolder
 from lorajax.training.inputs import prepare, training_batches
 from lorajax.training.metrics import read_metrics
 from lorajax.training.progress import Progress
@@ -249,6 +250,17 @@ def test_what_a_run_prints(run):
     assert f"held-out loss {losses[0]:.3f} -> {losses[-1]:.3f}" in printed
     assert f"{result.tokens_per_second:,.0f} tokens/s" in printed
     assert str(result.output_dir / "adapter") in printed
+
+
+def test_a_peak_that_is_not_the_runs_own_is_called_so(run):
+    """What a process has used at most never falls."""
+    folder = RunFolder(run.result.output_dir)
+    for earlier, said in ((5, False), (9, True)):
+        result = dataclasses.replace(
+            run.result, peak_memory_bytes=9 * 2**30, earlier_peak_memory_bytes=earlier * 2**30
+        )
+        line = _closing_line(result, folder, run.config)
+        assert "peak memory 9.00G" in line and ("before the run's first step" in line) == said
 
 
 def test_attention_that_cannot_serve_is_refused_before_anything_is_loaded(quick_config):
