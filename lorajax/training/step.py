@@ -135,7 +135,7 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Weights, batch: Batch) -> tuple[TrainState, StepMetrics]:
         scale = state.loss_scale.scale
-        loss, gradient = loss_and_gradient(
+        loss, gradient = loss_and_layers_gradient(
             graph,
             state.trainable,
             frozen,
@@ -148,7 +148,6 @@ def make_train_step(
             train_head=train_head,
             loss_scale=scale,
         )
-        gradient = by_layer(gradient)
         norm = optax.tree.norm(gradient)
         metrics = StepMetrics(loss, norm, jnp.asarray(schedule(state.updates), jnp.float32), scale)
         # A step that is not finite leaves everything as it was, so that the last good state can be kept.
@@ -164,6 +163,14 @@ def make_train_step(
 
 
 def loss_and_gradient(
+    graph: Any, trainable: Weights, frozen: Weights, batch: Batch, **options: Any
+) -> tuple[Float[Array, ""], Weights]:
+    """loss_and_layers_gradient, with the gradient by name."""
+    loss, gradient = loss_and_layers_gradient(graph, trainable, frozen, batch, **options)
+    return loss, by_name(gradient, trainable)
+
+
+def loss_and_layers_gradient(
     graph: Any,
     trainable: Weights,
     frozen: Weights,
@@ -177,7 +184,7 @@ def loss_and_gradient(
     train_head: bool = False,
     loss_scale: Float[Array, ""] | float = 1.0,
 ) -> tuple[Float[Array, ""], Weights]:
-    """Mean loss per target token of the whole batch, and its gradient in `trainable`, float32.
+    """Mean loss per target token of the whole batch, and its gradient in `trainable`, float32, by layer.
 
     Arguments as in make_train_step; the loss scale is taken out of the gradient again.
     """
@@ -216,7 +223,7 @@ def loss_and_gradient(
             sums, _ = jax.lax.scan(add, zeros, (batch, jnp.arange(micro_batches)))
     loss, gradient = sums
     gradient = jax.tree.map(lambda leaf: leaf / (targets * loss_scale), gradient)
-    return loss / targets, by_name(gradient, trainable)
+    return loss / targets, gradient
 
 
 def loss_sum(
