@@ -16,6 +16,7 @@ cores. NAME.json holds a result, NAME.log what was printed. A task whose input i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -143,6 +144,7 @@ def run(
         found = [*place, *command(task, inputs, out, commit)]
     except KeyError as missing:
         return Outcome(name, f"needs --{missing.args[0]}")
+    out.unlink(missing_ok=True)  # of a run before
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     if task.fraction is not None:
         environment["XLA_CLIENT_MEM_FRACTION"] = str(task.fraction)
@@ -162,8 +164,8 @@ def run(
 
 
 def figures(out: Path, log: Path) -> str:
-    """Of a result, in a few words; of what has none, the last line that was printed."""
-    if out.exists():
+    """Of a result, in a few words; of what has none, or half of one, the last line that was printed."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
         record = json.loads(out.read_text(encoding="utf-8"))
         return SUMMARIES[record["benchmark"]](record)
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
