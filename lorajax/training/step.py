@@ -22,7 +22,7 @@ from lorajax.memory.policy import Checkpointing
 from lorajax.models.decoder import Decoder
 from lorajax.sharding import DATA_AXIS
 from lorajax.training.optimizer import updated
-from lorajax.training.weights import Weights, by_layer, by_name, merge_weights
+from lorajax.training.weights import Weights, by_layer, merge_weights
 
 # tokens, targets, segment_ids, positions int32 and weights float32: A micro-batches of B rows.
 Batch = dict[str, Shaped[Array, "A B T"]]
@@ -135,7 +135,7 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Weights, batch: Batch) -> tuple[TrainState, StepMetrics]:
         scale = state.loss_scale.scale
-        loss, gradient = loss_and_layers_gradient(
+        loss, gradient = loss_and_gradient(
             graph,
             state.trainable,
             frozen,
@@ -163,14 +163,6 @@ def make_train_step(
 
 
 def loss_and_gradient(
-    graph: Any, trainable: Weights, frozen: Weights, batch: Batch, **options: Any
-) -> tuple[Float[Array, ""], Weights]:
-    """loss_and_layers_gradient, with the gradient by name."""
-    loss, gradient = loss_and_layers_gradient(graph, trainable, frozen, batch, **options)
-    return loss, by_name(gradient, trainable)
-
-
-def loss_and_layers_gradient(
     graph: Any,
     trainable: Weights,
     frozen: Weights,
@@ -184,7 +176,7 @@ def loss_and_layers_gradient(
     train_head: bool = False,
     loss_scale: Float[Array, ""] | float = 1.0,
 ) -> tuple[Float[Array, ""], Weights]:
-    """Mean loss per target token of the whole batch, and its gradient in `trainable`, float32, by layer.
+    """Mean loss per target token of the whole batch, and its gradient, of by_layer(trainable), float32.
 
     Arguments as in make_train_step; the loss scale is taken out of the gradient again.
     """
