@@ -19,18 +19,18 @@ import argparse
 import contextlib
 import json
 import os
-import queue
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
@@ -229,35 +229,28 @@ def run_all(
     names: Sequence[str], inputs: Mapping[str, str], commit: str | None, gpus: Sequence[str], seconds: float
 ) -> list[Outcome]:
     """The tasks in their order, on as many GPUs side by side, as long as there is time."""
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for name in names:
-        waiting.put(name)
     cores = sorted(os.sched_getaffinity(0))
     share = max(len(cores) // len(gpus), 1)
-    ends = time.monotonic() + seconds
-    outcomes: list[Outcome] = []
-
-    def work(index: int, gpu: str) -> None:
+    free: SimpleQueue[tuple[str, list[str]]] = SimpleQueue()
+    for index, gpu in enumerate(gpus):
         own = ",".join(map(str, cores[index * share :][:share] or cores))
-        place = ["taskset", "-c", own] if len(gpus) > 1 and shutil.which("taskset") else []
-        while not waiting.empty():
-            try:
-                name = waiting.get_nowait()
-            except queue.Empty:
-                return
+        free.put((gpu, ["taskset", "-c", own] if len(gpus) > 1 and shutil.which("taskset") else []))
+    ends = time.monotonic() + seconds
+
+    def work(name: str) -> Outcome:
+        gpu, place = free.get()
+        try:
             left = ends - time.monotonic()
             outcome = Outcome(name, "not begun")
             if left > 0:
                 outcome = run(name, inputs, commit, seconds=left, place=place, gpu=gpu)
-            outcomes.append(outcome)
-            print(f"{outcome.name}: {outcome.outcome}, {outcome.seconds:.0f} s", flush=True)
+        finally:
+            free.put((gpu, place))
+        print(f"{outcome.name}: {outcome.outcome}, {outcome.seconds:.0f} s", flush=True)
+        return outcome
 
-    workers = [threading.Thread(target=work, args=each) for each in enumerate(gpus)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return sorted(outcomes, key=lambda outcome: names.index(outcome.name))
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        return list(pool.map(work, names))
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
