@@ -98,11 +98,20 @@ def test_all_run_in_one_process(tmp_path):
 
 
 @pytest.fixture
-def attention_losses(monkeypatch):
-    """The module, whose runs are of this process."""
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+def script(monkeypatch):
+    """script("record"): that module of benchmarks/; it and what it imports from there are gone afterwards."""
+    folder = REPOSITORY / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
     before = set(sys.modules)
-    module = importlib.import_module("attention_losses")
+    yield importlib.import_module
+    for name in {path.stem for path in folder.glob("*.py")} & sys.modules.keys() - before:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def attention_losses(script, monkeypatch):
+    """The module, whose runs are of this process."""
+    module = script("attention_losses")
 
     def run(script, arguments):
         config, here, steps, *overrides = arguments
@@ -113,10 +122,7 @@ def attention_losses(monkeypatch):
             return {"error": str(error)}
 
     monkeypatch.setattr(module, "last_json", run)
-    yield module
-    for name in ("attention_losses", "environment", "processes"):
-        if name not in before:
-            del sys.modules[name]
+    return module
 
 
 @pytest.mark.slow
@@ -144,10 +150,8 @@ def test_losses_of_each_attention_implementation(
 
 
 @pytest.fixture
-def record(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    yield importlib.import_module("record")
-    del sys.modules["record"]
+def record(script):
+    return script("record")
 
 
 def test_what_is_recorded_is_asked_of_scripts_that_know_it(record, tmp_path):
