@@ -220,7 +220,7 @@ def prepare(text: str, segments: int, *, runs: bool = True) -> Prepared:
     """
     import jax
 
-    from lorajax.lora.adapter import add_lora
+    from lorajax.lora.adapter import add_lora, outline_lora
     from lorajax.memory.plan import outline_of
     from lorajax.sharding import data_mesh
     from lorajax.training.inputs import RunShape
@@ -252,6 +252,7 @@ def prepare(text: str, segments: int, *, runs: bool = True) -> Prepared:
         model = random_model(case.model, config.model.dtype)
         add_lora(model, config.lora, seed=0)
         _, trainable, prepared.frozen = split_weights(model, "lora")
+        outline_lora(model, config.lora)  # its own are gone from the GPU, as in a run
         prepared.state = first_state(run, trainable)
         prepared.batch = random_batch(run, outline.options.vocab_size, segments)
     return prepared

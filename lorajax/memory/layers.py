@@ -143,8 +143,6 @@ def _with_policy(
             gradient, dy = traces[index].backward(own, index, here, policy.layers[index], dy)
             # That of the first layer stays: it is the last that is made.
             waits = policy.layers[index].gradient_away and index > 0
-            if joins(gradient):
-                gradient = [joined(gradient)]
             # The adapters' gradients now: XLA likes to make them all at the end, from inputs that it keeps.
             gradient, dy = jax.lax.optimization_barrier((gradient, dy))
             gradients.append(_Kept.of(gradient, [waits] * len(gradient)))
@@ -159,34 +157,11 @@ def _with_policy(
                 first.values[0] = away.start_back(first.values[0])
             else:
                 dy = away.start_back(dy)
-        found = zip(traces, leaves, reversed(gradients), strict=True)
-        return [trace.as_leaves(own, each.values) for trace, own, each in found], dy
+        found = zip(traces, reversed(gradients), strict=True)
+        return [trace.as_leaves(each.values) for trace, each in found], dy
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run
-
-
-# Gradients of a layer of so many elements at most, as its adapters have, are kept as one array: otherwise
-# what is done with them takes a kernel for each, and a small kernel takes as long as it takes to start. Many
-# small copies to the host would also make XLA keep large ones on the GPU.
-JOINED_AT_MOST = 2**25
-
-
-def joins(leaves: Sequence[Array]) -> bool:
-    """Whether the gradients of a layer's trained leaves are kept as one array."""
-    return len({leaf.dtype for leaf in leaves}) == 1 and sum(leaf.size for leaf in leaves) <= JOINED_AT_MOST
-
-
-def joined(leaves: Sequence[Array]) -> Array:
-    """All elements one after the other, [sum of sizes]."""
-    return jnp.concatenate([leaf.ravel() for leaf in leaves])
-
-
-def apart(array: Array, like: Sequence[Any]) -> list[Array]:
-    """What was joined, in the shapes of `like`."""
-    ends = list(itertools.accumulate(leaf.size for leaf in like))
-    parts = jnp.split(array, ends[:-1])
-    return [part.reshape(leaf.shape) for part, leaf in zip(parts, like, strict=True)]
 
 
 @dataclass
@@ -368,10 +343,9 @@ class _Trace:
         inputs = (*self.constants, *own, jnp.int32(index), x)
         return self._once(backward, policy)(dy, values, *inputs)
 
-    def as_leaves(self, own: Leaves, gradient: Sequence[Array]) -> list[Array | None]:
+    def as_leaves(self, gradient: Sequence[Array]) -> list[Array | None]:
         """A cotangent for each leaf, None where it is not trained; `gradient` as from the backward pass."""
-        trained = [leaf for leaf, is_trained in zip(own, self.trained, strict=True) if is_trained]
-        coming = iter(apart(gradient[0], trained) if joins(trained) else gradient)
+        coming = iter(gradient)
         return [next(coming) if is_trained else None for is_trained in self.trained]
 
     def _once(self, function: Callable[..., Any], policy: LayerPolicy) -> Callable[..., Any]:

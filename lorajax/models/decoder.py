@@ -1,8 +1,10 @@
 """The decoder that all families share: differences between families are options, not classes."""
 
 import functools
+import math
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -83,12 +85,22 @@ class DecoderOptions:
         return int(self.max_position * self.rope.factor) if stretched else self.max_position
 
 
-# Of a block.
-_PROJECTIONS = 7
+# Of a block, by path.
+PROJECTIONS = (
+    "attention.q_proj",
+    "attention.k_proj",
+    "attention.v_proj",
+    "attention.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+# Shapes of the A and B of each of them, None where there is no adapter.
+AdapterShapes = tuple[tuple[tuple[int, int], tuple[int, int]] | None, ...]
 
 
 class LoRAParam(nnx.Param):
-    """A leaf of an adapter, float32."""
+    """A leaf of an adapter, or all those of a block in one vector; float32."""
 
 
 class Linear(nnx.Module):
@@ -107,11 +119,6 @@ class Linear(nnx.Module):
         self.lora_scale = 0.0
         self.lora_dropout = 0.0
 
-    def __call__(
-        self, x: Float[Array, "*rows in"], dropout_key: PRNGKeyArray | None = None
-    ) -> Float[Array, "*rows out"]:
-        return project(x, [self], [dropout_key])[0]
-
     def plain(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
         """Without the adapter, in x's dtype; float32 means float32, not the tensor cores' 19-bit format."""
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -122,16 +129,11 @@ class Linear(nnx.Module):
     def bias_array(self) -> Float[Array, " out"] | None:
         return None if self.bias is None else self.bias[...]
 
-    def adapter(self, dropout_key: PRNGKeyArray | None) -> Adapter | None:
-        if self.lora_a is None or self.lora_b is None:
-            return None
-        return Adapter(self.lora_a[...], self.lora_b[...], self.lora_scale, self.lora_dropout, dropout_key)
-
 
 def project(
     x: Float[Array, "*rows in"],
     linears: Sequence[Linear],
-    dropout_keys: Sequence[PRNGKeyArray | None],
+    adapters: Sequence[Adapter | None],
     norm: "RMSNorm | None" = None,
 ) -> tuple[Float[Array, "*rows _"], ...]:
     """Linear layers that share their input, together: with adapters, weights and biases are constants.
@@ -139,7 +141,6 @@ def project(
     Args:
         norm: of x, before the layers.
     """
-    adapters = [linear.adapter(key) for linear, key in zip(linears, dropout_keys, strict=True)]
     if all(adapter is None for adapter in adapters):
         x = x if norm is None else norm(x)
         return tuple(linear.plain(x) for linear in linears)
@@ -181,15 +182,22 @@ class Attention(nnx.Module):
         self.o_proj = Linear(query, options.hidden_size, bias=options.output_bias, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], norm: RMSNorm, rotation: Rotation, attend: Attend, keys: "DropoutKeys"
+        self,
+        x: Float[Array, "B T D"],
+        norm: RMSNorm,
+        rotation: Rotation,
+        attend: Attend,
+        adapters: "BlockAdapters",
     ) -> Float[Array, "B T D"]:
         """Of what `norm` makes of x."""
         batch, length, _ = x.shape
-        projected = project(x, (self.q_proj, self.k_proj, self.v_proj), (keys(0), keys(1), keys(2)), norm)
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        projected = project(x, linears, [adapters(i, linear) for i, linear in enumerate(linears)], norm)
         q, k, v = (y.reshape(batch, length, -1, self.head_dim) for y in projected)
         q, k = checkpoint_name(rope(q, *rotation), "query"), checkpoint_name(rope(k, *rotation), "key")
         mixed = attend(q, k, checkpoint_name(v, "value"))
-        return self.o_proj(mixed.reshape(batch, length, self.heads * self.head_dim), keys(3))
+        mixed = mixed.reshape(batch, length, self.heads * self.head_dim)
+        return project(mixed, [self.o_proj], [adapters(3, self.o_proj)])[0]
 
 
 class MLP(nnx.Module):
@@ -203,7 +211,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(inner, hidden, bias=bias, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "B T D"], norm: RMSNorm, keys: "DropoutKeys", chunks: int = 1
+        self, x: Float[Array, "B T D"], norm: RMSNorm, adapters: "BlockAdapters", chunks: int = 1
     ) -> Float[Array, "B T D"]:
         """Of what `norm` makes of x.
 
@@ -211,33 +219,43 @@ class MLP(nnx.Module):
             chunks: parts of the tokens that are taken one after the other, see lorajax.memory.chunks.
         """
         if chunks == 1:
-            return self._of_all(x, norm, keys)
+            return self._of_all(x, norm, adapters)
         graph, state = nnx.split((self, norm))
 
         def of_some(arrays: Any, x: Array, number: int) -> Array:
-            state, key = arrays
+            state, adapters = arrays
             mlp, norm = nnx.merge(graph, state)
-            return mlp._of_all(x, norm, DropoutKeys(key).of_part(number))
+            return mlp._of_all(x, norm, adapters.of_part(number))
 
-        return in_chunks(of_some, (state, keys.key), x, chunks=chunks)
+        # Without those of the attention: they would have gradients of zeros.
+        return in_chunks(of_some, (state, adapters.without(4)), x, chunks=chunks)
 
-    def _of_all(self, x: Float[Array, "B T D"], norm: RMSNorm, keys: "DropoutKeys") -> Float[Array, "B T D"]:
-        gate, up = project(x, (self.gate_proj, self.up_proj), (keys(4), keys(5)), norm)  # [B, T, F]
-        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        down, adapter = self.down_proj, self.down_proj.adapter(keys(6))
+    def _of_all(
+        self, x: Float[Array, "B T D"], norm: RMSNorm, adapters: "BlockAdapters"
+    ) -> Float[Array, "B T D"]:
+        linears = (self.gate_proj, self.up_proj)
+        gate, up = project(x, linears, [adapters(4 + i, linear) for i, linear in enumerate(linears)], norm)
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")  # [B, T, F]
+        down, adapter = self.down_proj, adapters(6, self.down_proj)
         if self.activation == "silu" and adapter is not None:
             return swiglu_lora_linear(gate, up, down.weight[...], adapter, bias=down.bias_array)
-        return down(GATES[self.activation](gate, up), keys(6))
+        return project(GATES[self.activation](gate, up), [down], [adapter])[0]
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer. Its activations have the names of lorajax.memory.policy."""
+    """One pre-norm decoder layer. Its activations have the names of lorajax.memory.policy.
+
+    Where `adapters` [N] is set, it holds every A and B of the layer, of `adapter_shapes`, one after the
+    other, and its linear layers have none (training.weights.split_weights says why).
+    """
 
     def __init__(self, options: DecoderOptions, dtype: jnp.dtype):
         self.attention_norm = RMSNorm(options.hidden_size, options.norm_epsilon, dtype)
         self.attention = Attention(options, dtype)
         self.mlp_norm = RMSNorm(options.hidden_size, options.norm_epsilon, dtype)
         self.mlp = MLP(options, dtype)
+        self.adapters: LoRAParam | None = nnx.data(None)
+        self.adapter_shapes: AdapterShapes = ()
 
     def __call__(
         self,
@@ -247,24 +265,96 @@ class Block(nnx.Module):
         dropout_key: PRNGKeyArray | None = None,
         mlp_chunks: int = 1,
     ) -> Float[Array, "B T D"]:
-        keys = DropoutKeys(dropout_key)
-        x = x + self.attention(x, self.attention_norm, rotation, attend, keys)
+        adapters = BlockAdapters.of(self, dropout_key)
+        x = x + self.attention(x, self.attention_norm, rotation, attend, adapters)
         x = checkpoint_name(x, "block_middle")
-        return x + self.mlp(x, self.mlp_norm, keys, mlp_chunks)
+        return x + self.mlp(x, self.mlp_norm, adapters, mlp_chunks)
+
+    def linears(self) -> tuple[Linear, ...]:
+        """In the order of PROJECTIONS."""
+        found: list[Any] = [operator.attrgetter(path)(self) for path in PROJECTIONS]
+        return tuple(found)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def adapters_apart(
+    shapes: AdapterShapes, vector: Float[Array, " N"]
+) -> tuple[tuple[Array, Array] | None, ...]:
+    """A and B of each projection of a block. Their gradients are joined at once, not added up one by one."""
+
+    def part(start: int, shape: tuple[int, int]) -> Array:
+        return vector[start : start + math.prod(shape)].reshape(shape)
+
+    return tuple(
+        None if pair is None else (part(start_a, pair[0]), part(start_b, pair[1]))
+        for (start_a, start_b), pair in zip(_starts(shapes), shapes, strict=True)
+    )
+
+
+def _starts(shapes: AdapterShapes) -> list[tuple[int, int]]:
+    """Of each projection: where its A and its B begin in the vector."""
+    starts, end = [], 0
+    for a, b in (pair or ((0, 0), (0, 0)) for pair in shapes):
+        starts.append((end, end + math.prod(a)))
+        end += math.prod(a) + math.prod(b)
+    return starts
+
+
+def _adapters_apart_forward(shapes: AdapterShapes, vector: Array) -> tuple[Any, None]:
+    return adapters_apart(shapes, vector), None
+
+
+def _adapters_apart_backward(shapes: AdapterShapes, _: None, gradients: Any) -> tuple[Array]:
+    return (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradients)]),)
+
+
+adapters_apart.defvjp(_adapters_apart_forward, _adapters_apart_backward)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("key", "apart", "vector"), meta_fields=("shapes",)
+)
 @dataclass(frozen=True)
-class DropoutKeys:
-    """A key of its own for each projection of a block, or None without dropout."""
+class BlockAdapters:
+    """The adapters of a block's projections, each with a dropout key of its own.
+
+    Attributes:
+        key: of the block's dropout; None: without.
+        vector: of a block that holds its adapters in one, a constant; otherwise None.
+        apart: A and B of each projection in it.
+        shapes: of these.
+    """
 
     key: PRNGKeyArray | None
+    vector: Float[Array, " N"] | None = None
+    apart: tuple[tuple[Array, Array] | None, ...] = ()
+    shapes: AdapterShapes = ()
 
-    def __call__(self, projection: int) -> PRNGKeyArray | None:
-        return None if self.key is None else jax.random.fold_in(self.key, projection)
+    @classmethod
+    def of(cls, block: Block, key: PRNGKeyArray | None) -> "BlockAdapters":
+        if block.adapters is None:
+            return cls(key)
+        vector, shapes = block.adapters[...], block.adapter_shapes
+        return cls(key, jax.lax.stop_gradient(vector), adapters_apart(shapes, vector), shapes)
 
-    def of_part(self, number: int) -> "DropoutKeys":
-        """Other keys for each part of the tokens."""
-        return DropoutKeys(self(_PROJECTIONS + number))
+    def __call__(self, number: int, linear: Linear) -> Adapter | None:
+        """Of the projection of this number."""
+        key = None if self.key is None else jax.random.fold_in(self.key, number)
+        scale, dropout = linear.lora_scale, linear.lora_dropout
+        if self.vector is None:
+            a, b = linear.lora_a, linear.lora_b
+            return None if a is None or b is None else Adapter(a[...], b[...], scale, dropout, key)
+        pair, (_, b_start) = self.apart[number], _starts(self.shapes)[number]
+        return None if pair is None else Adapter(*pair, scale, dropout, key, self.vector, b_start)
+
+    def without(self, first: int) -> "BlockAdapters":
+        """Of the projections from this number on alone."""
+        return replace(self, apart=self.apart and (*(None,) * first, *self.apart[first:]))
+
+    def of_part(self, number: int) -> "BlockAdapters":
+        """With other keys for each part of the tokens."""
+        key = None if self.key is None else jax.random.fold_in(self.key, len(PROJECTIONS) + number)
+        return replace(self, key=key)
 
 
 class Decoder(nnx.Module):

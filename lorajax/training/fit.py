@@ -53,7 +53,7 @@ from lorajax.training.program import (
 from lorajax.training.progress import NotFinite, Progress, Totals
 from lorajax.training.signals import StopRequest
 from lorajax.training.step import TrainState
-from lorajax.training.weights import Weights, count, merge_weights, split_weights
+from lorajax.training.weights import Weights, count, give_back_adapters, merge_weights, split_weights
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,14 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
     model = _load_model(inputs)
     before = _answers(inputs, model, ready.answered_at_once)
     graph, trainable, frozen = split_weights(model, config.train.mode)
-    del model  # the first step takes over its trainable leaves
+    del model  # its adapters are to be gone, and a full model's weights are the first step's
     if checkpoint is None:
         state = first_state(inputs, trainable)
     else:
         like = state_shapes(inputs, trainable)
         trainable = {}  # their memory is what the checkpoint's take
         state = restore_state(checkpoint, like)
+    del trainable
 
     folder = prepare_folder(config, checkpoint)
     if position is None:
@@ -151,6 +152,7 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
         raise UserError(f"{error}; {_what_is_kept(folder)}") from None
 
     model = merge_weights(graph, done.state.trainable, frozen)
+    give_back_adapters(model)
     samples: list[Sample] = []
     if done.stopped_by is None:
         texts = zip(

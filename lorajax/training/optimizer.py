@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from lorajax.config import TrainConfig
-from lorajax.training.weights import Weights, by_layer, by_name
+from lorajax.training.weights import Weights
 
 
 def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedule:
@@ -38,8 +38,8 @@ def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedu
 def adamw(train: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """Clipping by global norm, then AdamW (Loshchilov and Hutter, 2019); only matrices decay.
 
-    Its state and its update are of by_layer's arrays. The update takes the weights by name, and the global
-    norm of the gradient as the keyword `norm`.
+    Vectors of adapters are made of matrices. The update takes the global norm of the gradient as the keyword
+    `norm`.
     """
     # optax computes 1 - beta as given, but 1 - beta**count in float32. They agree for a beta that float32
     # holds; with 0.999 itself, hundreds of steps would be too short by 6e-6 of their length.
@@ -47,7 +47,9 @@ def adamw(train: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransfo
     return optax.chain(
         _clip_by_known_norm(train.max_grad_norm) if train.max_grad_norm else optax.identity(),
         optax.scale_by_adam(beta1, beta2, train.adam_epsilon),
-        _decay(train.weight_decay) if train.weight_decay else optax.identity(),
+        optax.add_decayed_weights(train.weight_decay, mask=_decays)
+        if train.weight_decay
+        else optax.identity(),
         optax.scale_by_learning_rate(schedule),
     )
 
@@ -63,33 +65,19 @@ def updated(
 ) -> tuple[Weights, Any]:
     """Weights and the optimizer's state after an update, or, where it is not finite, as they were.
 
-    An update takes some twenty operations. A model has hundreds of adapters, and XLA looks at each pair of
-    operations that read the same number, such as the learning rate: at 80 layers that took longer than all
-    else. So the adapters of a layer, and their moments, are updated as one array.
-
     Args:
-        optimizer: of adamw; `state` is its state over by_layer(weights).
-        gradient: of by_layer(weights).
+        optimizer: of adamw; `state` is its state.
         norm: of the whole gradient.
         finite: of the step.
     """
     changes, after = optimizer.update(gradient, state, weights, norm=norm)
     changes = jax.tree.map(lambda change: jnp.where(finite, change, 0), changes)
     after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
-    # Once for a layer, not again for each of its weights.
-    changes = jax.lax.optimization_barrier(changes)
-    return optax.apply_updates(weights, by_name(changes, weights)), after
+    return optax.apply_updates(weights, changes), after
 
 
-def _decay(rate: float) -> optax.GradientTransformation:
-    """optax.add_decayed_weights of the matrices, which weights by name tell from the rest."""
-    add = optax.add_decayed_weights(rate)
-
-    def update(changes: Weights, state: Any, weights: Weights) -> tuple[Weights, Any]:
-        matrices = {name: leaf if leaf.ndim > 1 else jnp.zeros_like(leaf) for name, leaf in weights.items()}
-        return add.update(changes, state, by_layer(matrices))
-
-    return optax.GradientTransformation(add.init, update)
+def _decays(weights: Weights) -> dict[str, bool]:
+    return {name: leaf.ndim > 1 or name.endswith(".adapters") for name, leaf in weights.items()}
 
 
 def _clip_by_known_norm(largest: float) -> optax.GradientTransformationExtraArgs:

@@ -22,7 +22,7 @@ from lorajax.memory.policy import Checkpointing
 from lorajax.models.decoder import Decoder
 from lorajax.sharding import DATA_AXIS
 from lorajax.training.optimizer import updated
-from lorajax.training.weights import Weights, by_layer, merge_weights
+from lorajax.training.weights import Weights, merge_weights
 
 # tokens, targets, segment_ids, positions int32 and weights float32: A micro-batches of B rows.
 Batch = dict[str, Shaped[Array, "A B T"]]
@@ -51,7 +51,7 @@ class TrainState(NamedTuple):
 
     Attributes:
         trainable: float32 leaves, by name.
-        opt_state: optax's, over by_layer(trainable).
+        opt_state: optax's, over the trainable leaves.
         updates: updates made so far; a step whose gradient is not finite makes none.
         key: data of the dropout's key (jax.random.key_data); each update folds its number in. With a typed
             key among its results the step would miss JAX' fast path of dispatch.
@@ -100,7 +100,7 @@ def init_state(
         scale = _LARGEST_FLOAT16_LOSS / 2 ** (tokens_per_step - 1).bit_length()
     return TrainState(
         trainable,
-        optimizer.init(jax.eval_shape(by_layer, trainable)),
+        optimizer.init(jax.eval_shape(lambda: trainable)),
         jnp.zeros((), jnp.int32),
         jax.random.key_data(jax.random.key(seed)),
         LossScale(jnp.asarray(scale, jnp.float32), jnp.zeros((), jnp.int32)),
@@ -176,7 +176,7 @@ def loss_and_gradient(
     train_head: bool = False,
     loss_scale: Float[Array, ""] | float = 1.0,
 ) -> tuple[Float[Array, ""], Weights]:
-    """Mean loss per target token of the whole batch, and its gradient, of by_layer(trainable), float32.
+    """Mean loss per target token of the whole batch, and its gradient, float32.
 
     Arguments as in make_train_step; the loss scale is taken out of the gradient again.
     """
@@ -200,7 +200,7 @@ def loss_and_gradient(
 
     def add(sums: tuple[Array, Weights], micro_batch: tuple[Rows, Array]):
         (_, loss), gradient = jax.value_and_grad(scaled_loss, has_aux=True)(trainable, *micro_batch)
-        return jax.tree.map(jnp.add, sums, (loss, by_layer(gradient))), None
+        return jax.tree.map(jnp.add, sums, (loss, gradient)), None
 
     sums: tuple[Array, Weights]
     # Around the backward pass too, which traces layers again.
@@ -208,10 +208,9 @@ def loss_and_gradient(
         if micro_batches == 1:
             rows = {name: array[0] for name, array in batch.items()}
             (_, loss), gradient = jax.value_and_grad(scaled_loss, has_aux=True)(trainable, rows, jnp.int32(0))
-            sums = (loss, by_layer(gradient))
+            sums = (loss, gradient)
         else:
-            shapes = jax.eval_shape(by_layer, trainable)
-            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, shapes))
+            zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable))
             sums, _ = jax.lax.scan(add, zeros, (batch, jnp.arange(micro_batches)))
     loss, gradient = sums
     gradient = jax.tree.map(lambda leaf: leaf / (targets * loss_scale), gradient)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from itertools import groupby
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from lorajax.memory.layers import apart, joined, joins
-from lorajax.models.decoder import Decoder, LoRAParam
+from lorajax.models.decoder import Block, Decoder, LoRAParam, adapters_apart
 
-# Dotted tree path -> array: {"layers.0.attention.q_proj.lora_a": float32 [R, in], ...}.
+# Dotted tree path -> array: {"layers.0.attention.q_proj.weight": bfloat16 [out, in], ...}.
 Weights = dict[str, Array]
 
 TRAINABLE = {"lora": LoRAParam, "full": nnx.Param}
@@ -22,11 +20,55 @@ TRAINABLE = {"lora": LoRAParam, "full": nnx.Param}
 def split_weights(model: Decoder, mode: str) -> tuple[Any, Weights, Weights]:
     """(graph, trainable, frozen): the model's structure, hashable, and its arrays by what trains them.
 
+    The adapters of a layer are one vector, "layers.0.adapters" [N]: an update, or a copy to the host, is one
+    kernel then, not one for each A and B, and XLA has as much less to compile.
+
     Args:
+        model: with arrays, or shapes in place of them.
         mode: "lora": the adapters are trainable; "full": everything is.
+
+    Returns:
+        The vectors of arrays are in host memory, for the device to have room for them where the model's own
+        adapters were: beside them they would leave holes that nothing else fits in.
     """
+    if mode == "lora":
+        model = nnx.merge(*nnx.split(model))  # another module of the same arrays
+        for block in model.layers:
+            _join_adapters(block)
     graph, trainable, frozen = nnx.split(model, TRAINABLE[mode], ...)  # type: ignore[misc]
     return graph, _flat(trainable), _flat(frozen)
+
+
+def _join_adapters(block: Block) -> None:
+    pairs = [
+        None if a is None or b is None else (a.get_value(), b.get_value())
+        for a, b in ((linear.lora_a, linear.lora_b) for linear in block.linears())
+    ]
+    leaves = [leaf for pair in pairs if pair is not None for leaf in pair]
+    if not leaves:
+        return
+    if isinstance(leaves[0], jax.ShapeDtypeStruct):
+        vector: Any = jax.ShapeDtypeStruct((sum(leaf.size for leaf in leaves),), leaves[0].dtype)
+    else:
+        vector = np.concatenate([np.asarray(leaf).ravel() for leaf in leaves])
+    block.adapters = LoRAParam(vector)
+    block.adapter_shapes = tuple(None if pair is None else (pair[0].shape, pair[1].shape) for pair in pairs)
+    for linear in block.linears():
+        linear.lora_a = linear.lora_b = None
+
+
+def give_back_adapters(model: Decoder) -> None:
+    """Undo, in place, what split_weights has done to the adapters of a model that merge_weights gave."""
+    for block in model.layers:
+        if block.adapters is None:
+            continue
+        vector = block.adapters.get_value()
+        # On the host: the slices would be programs to compile.
+        pairs = adapters_apart(block.adapter_shapes, np.asarray(vector))
+        for linear, pair in zip(block.linears(), pairs, strict=True):
+            if pair is not None:
+                linear.lora_a, linear.lora_b = (LoRAParam(jax.device_put(x, vector.sharding)) for x in pair)
+        block.adapters, block.adapter_shapes = None, ()
 
 
 def merge_weights(graph: Any, *weights: Weights) -> Decoder:
@@ -35,42 +77,9 @@ def merge_weights(graph: Any, *weights: Weights) -> Decoder:
     return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
-def by_layer(weights: Weights) -> Weights:
-    """With a layer's small weights as one vector, "layers.0": what is done with it is one kernel, not dozens.
-
-    Where the layer loop has made their gradients as such a vector, XLA takes it as it is.
-    """
-    found: Weights = {}
-    for layer, names in _layers(weights):
-        leaves = [weights[name] for name in names]
-        together = names != [layer] and joins(leaves)
-        found |= {layer: joined(leaves)} if together else dict(zip(names, leaves, strict=True))
-    return found
-
-
-def by_name(weights: Weights, like: Weights) -> Weights:
-    """What by_layer has joined, under the names and in the shapes of `like`."""
-    found: Weights = {}
-    for layer, names in _layers(like):
-        if layer in weights and names != [layer]:
-            leaves = apart(weights[layer], [like[name] for name in names])
-            found |= dict(zip(names, leaves, strict=True))
-    return {name: found[name] if name in found else weights[name] for name in like}
-
-
 def count(weights: Weights) -> int:
     """Number of elements."""
     return sum(leaf.size for leaf in weights.values())
-
-
-def _layers(weights: Weights) -> list[tuple[str, list[str]]]:
-    """Names by layer, in their order; those of no layer each alone."""
-
-    def layer(name: str) -> str:
-        found = re.match(r"\w+\.\d+(?=\.)", name)
-        return found[0] if found else name
-
-    return [(key, list(names)) for key, names in groupby(weights, key=layer)]
 
 
 def _flat(state: nnx.State) -> Weights:

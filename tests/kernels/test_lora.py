@@ -510,6 +510,11 @@ def test_triton_gradients_equal_xla(run_on_cpu, rows, out, rank, programs):
     for a, expected in zip(found, xla_hidden_and_b(dy, u, b, **own), strict=True):
         assert a.shape == expected.shape and a.dtype == expected.dtype
         np.testing.assert_allclose(a, expected, rtol=1e-5, atol=1e-5)
+    vector = jnp.concatenate([jnp.full(16, jnp.nan), b.ravel(), jnp.full(3, jnp.nan)])
+    elsewhere = triton_hidden_and_b(
+        dy, u, jnp.full_like(b, jnp.nan), within=(vector, 16), tiling=tiling, **own
+    )
+    jax.tree.map(np.testing.assert_array_equal, elsewhere, found)
 
 
 @pytest.mark.parametrize(("rows", "width", "rank"), ((32, 64, 16), (37, 70, 8), (5, 20, 40)))
@@ -535,6 +540,9 @@ def test_layers_through_triton_equal_the_reference(run_on_cpu, monkeypatch, arra
         (Implementation("triton", lambda problem, device: None, gradient.TRITON),),
     )
     weights, adapters, biases = layers()
+    # Its b is read where it lies.
+    vector = jnp.concatenate([jnp.full(16, jnp.nan), adapters[0].b.ravel()])
+    adapters[0] = dataclasses.replace(adapters[0], vector=vector, b_start=16)
     x = normal(40, IN)
     arguments = x, weights, adapters, biases, cotangents(x, weights)
     found = outputs_and_gradients(arranged(arrangement, trainable_bias=True), *arguments)
@@ -557,6 +565,7 @@ def test_triton_compiles_without_a_gpu(compile_kernel, rank, capability):
             "RANK": rank,
             "U_WIDTH": 3 * rank,
             "U_START": rank,
+            "B_START": 2048 * rank,
             "SCALE": 0.5,
             "BLOCKS_PER_PROGRAM": 32,
             "BLOCK_ROWS": TILING.rows,

@@ -179,10 +179,12 @@ def test_copies_to_the_host_start_as_soon_as_there_is_something_to_copy(checkpoi
 
 
 def test_gradients_wait_on_the_host_where_they_are_offloaded(arrays):
-    """As one array each, but for the first layer's, which is the last that is made."""
-    joined = str(2 * WIDTH * INNER)  # of gate and down
+    """But for the first layer's, which is the last that is made."""
+    gate_and_down = f"{WIDTH}x{INNER}", f"{INNER}x{WIDTH}"
     found = transfers(lowered(arrays, {"gradient": "offload"}))
-    assert found == {("pinned_host", joined): LAYERS - 1, ("device", joined): LAYERS - 1}
+    assert found == {
+        (where, shape): LAYERS - 1 for where in ("pinned_host", "device") for shape in gate_and_down
+    }
 
 
 @pytest.mark.parametrize(
@@ -198,10 +200,10 @@ def test_gradients_wait_on_the_host_where_they_are_offloaded(arrays):
 def test_gradients_come_back_behind_the_first_layer_where_there_is_room(others, early, arrays):
     """Room is what nothing takes any more there: a layer's offloaded activations."""
     text = lowered(arrays, {"gradient": "offload", **others})
-    joined = f"tensor<{2 * WIDTH * INNER}xf32>"
+    gate = f"tensor<{WIDTH}x{INNER}xf32>"
     lines = text.splitlines()
     last_product = max(number for number, line in enumerate(lines) if "dot_general" in line)
-    back = [number for number, line in enumerate(lines) if '_placement = "device"' in line and joined in line]
+    back = [number for number, line in enumerate(lines) if '_placement = "device"' in line and gate in line]
     assert len(back) == LAYERS - 1
     assert sum(number < last_product for number in back) == early
 

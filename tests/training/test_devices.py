@@ -18,7 +18,7 @@ from lorajax.models.checkpoint import load
 from lorajax.sharding import DATA_AXIS, data_mesh, replicated, rows
 from lorajax.training import fit
 from lorajax.training.step import loss_and_gradient
-from lorajax.training.weights import by_name, split_weights
+from lorajax.training.weights import split_weights
 
 SHAPE = A, B, T = 2, 4, 16
 ADAPTERS = {
@@ -64,7 +64,7 @@ def gradient(model, mode: str, mesh) -> dict[str, np.ndarray]:
     trainable, frozen, key = arguments
     compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
     loss, leaves = compiled(trainable, frozen, batch, key)
-    return jax.tree.map(np.asarray, by_name(leaves, trainable) | {"loss": loss})
+    return jax.tree.map(np.asarray, leaves | {"loss": loss})
 
 
 def compare(folder: str) -> None:

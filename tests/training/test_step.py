@@ -20,7 +20,7 @@ from lorajax.sharding import data_mesh
 from lorajax.training import step as step_module
 from lorajax.training.optimizer import adamw
 from lorajax.training.step import LossScale, init_state, loss_and_gradient, make_train_step
-from lorajax.training.weights import by_name, merge_weights, split_weights
+from lorajax.training.weights import merge_weights, split_weights
 
 VOCAB, LENGTH, ROWS = 350, 24, 8
 # XLA's own passes are as always; LLVM's take most of the time of compiling for a CPU.
@@ -127,7 +127,7 @@ def gradient(weights):
         _, trainable, frozen = weights(mode, attention)
         run = program(mode, attention, checkpointing, dropout_seed is not None, mlp_chunks)
         loss, leaves = run(trainable, frozen, batch, jax.random.key(dropout_seed or 0))
-        return float(loss), on_host(by_name(leaves, trainable))
+        return float(loss), on_host(leaves)
 
     return gradient
 

@@ -293,7 +293,9 @@ def _gradients_of_b(
     for dy, adapter, columns in zip(dys, adapters, _columns(adapters), strict=True):
         if adapter is not None:
             kernels = XLA if dy.shape[1] < MIN_OUT else options.kernels
-            du, db = kernels.hidden_and_b(dy, u, adapter.b, columns=columns, scale=adapter.scale)
+            du, db = kernels.hidden_and_b(
+                dy, u, adapter.b, columns=columns, scale=adapter.scale, within=adapter.b_within
+            )
             dus.append(du)
             dbs.append(adapter.scale * db)
     return dus, dbs
@@ -375,7 +377,8 @@ def _gradients_of_biases(options: Options, dys: Outputs, biases: Biases) -> Bias
 
 
 def _as_gradient(adapter: Adapter, da: Array, db: Array) -> Adapter:
-    return dataclasses.replace(adapter, a=da.astype(adapter.a.dtype), b=db.astype(adapter.b.dtype), key=None)
+    a, b = da.astype(adapter.a.dtype), db.astype(adapter.b.dtype)
+    return dataclasses.replace(adapter, a=a, b=b, key=None, vector=None)
 
 
 def _once_there(

@@ -15,7 +15,9 @@ Weight = Float[Array, "out in"] | NF4Weight
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("a", "b", "key"), meta_fields=("scale", "dropout")
+    jax.tree_util.register_dataclass,
+    data_fields=("a", "b", "key", "vector"),
+    meta_fields=("scale", "dropout", "b_start"),
 )
 @dataclass(frozen=True, eq=False)
 class Adapter:
@@ -26,6 +28,9 @@ class Adapter:
         scale: as a rule alpha / R.
         dropout: rate, at least 0 and below 1.
         key: of the dropout, another one for each adapter; None switches it off.
+        vector: that holds b's elements from the place b_start on, where b is a part of one: a constant, which
+            kernels read in place of b, so that it need not be copied out of it.
+        b_start: see there.
     """
 
     a: Float[Array, "R in"]
@@ -33,6 +38,13 @@ class Adapter:
     scale: float = 1.0
     dropout: float = 0.0
     key: PRNGKeyArray | None = None
+    vector: Float[Array, " N"] | None = None
+    b_start: int = 0
+
+    @property
+    def b_within(self) -> tuple[Float[Array, " N"], int] | None:
+        """(vector, b_start)."""
+        return None if self.vector is None else (self.vector, self.b_start)
 
     @property
     def rank(self) -> int:

@@ -85,9 +85,10 @@ def triton_hidden_and_b(
     *,
     columns: slice,
     scale: float,
+    within: tuple[Float[Array, " N"], int] | None = None,
     tiling: Tiling | None = None,
 ) -> tuple[Float[Array, "rows R"], Float[Array, "out R"]]:
-    """See xla_hidden_and_b."""
+    """See xla_hidden_and_b; `within` as in Adapter: then b is not read, only its shape."""
     triton_kernels = load_kernels("lorajax_kernels.lora.triton_kernels")
     tiling = tiling or TILING
     (rows, out), rank = dy.shape, b.shape[1]
@@ -97,9 +98,10 @@ def triton_hidden_and_b(
     blocks, strips = -(-rows // tiling.rows), -(-out // strip)
     per_program = -(-blocks // max(1, tiling.programs // strips))
     pieces = -(-blocks // per_program)
+    stored, start = (b, 0) if within is None else within
     hidden, db = triton_call(
         triton_kernels.hidden_and_b_kernel,
-        *(dy, u, b, rows),
+        *(dy, u, stored, rows),
         out_shape=(
             jax.ShapeDtypeStruct((strips, rows, rank), dy.dtype),
             jax.ShapeDtypeStruct((pieces, out, rank), jnp.float32),
@@ -111,6 +113,7 @@ def triton_hidden_and_b(
         RANK=rank,
         U_WIDTH=u.shape[1],
         U_START=columns.start,
+        B_START=start,
         SCALE=scale,
         BLOCKS_PER_PROGRAM=per_program,
         BLOCK_ROWS=tiling.rows,

@@ -16,6 +16,7 @@ def hidden_and_b_kernel(
     RANK: tl.constexpr,
     U_WIDTH: tl.constexpr,
     U_START: tl.constexpr,
+    B_START: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCKS_PER_PROGRAM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -24,15 +25,15 @@ def hidden_and_b_kernel(
 ):
     """One strip of BLOCK_OUT columns of dy and BLOCKS_PER_PROGRAM blocks of its rows; grid (strips, pieces).
 
-    dy [rows, OUT], u [rows, U_WIDTH], of which RANK columns from U_START on, b [OUT, RANK]; hidden
-    [strips, rows, RANK], db [pieces, OUT, RANK].
+    dy [rows, OUT], u [rows, U_WIDTH], of which RANK columns from U_START on, b [OUT, RANK] from its element
+    B_START on; hidden [strips, rows, RANK], db [pieces, OUT, RANK].
     """
     strip = tl.program_id(0)
     piece = tl.program_id(1)
     column = strip * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     rank = tl.arange(0, BLOCK_R)
     weight = (column[:, None] < OUT) & (rank[None, :] < RANK)
-    b = tl.load(b_ptr + column[:, None] * RANK + rank[None, :], mask=weight, other=0)
+    b = tl.load(b_ptr + B_START + column[:, None] * RANK + rank[None, :], mask=weight, other=0)
     b = (b.to(tl.float32) * SCALE).to(dy_ptr.dtype.element_ty)
     u_ptr += U_START
     db = tl.full([BLOCK_OUT, BLOCK_R], 0.0, tl.float32)
