@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,7 @@ PROJECTIONS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+_SHARED_INPUTS = ((0, 1, 2), (3,), (4, 5), (6,))
 # Shapes of the A and B of each of them, None where there is no adapter.
 AdapterShapes = tuple[tuple[tuple[int, int], tuple[int, int]] | None, ...]
 
@@ -276,28 +277,41 @@ class Block(nnx.Module):
         return tuple(found)
 
 
+class Place(NamedTuple):
+    """Of an A (half 0) or a B (half 1) in the vector of a block: where its elements begin, and its shape."""
+
+    projection: int
+    half: int
+    start: int
+    shape: tuple[int, int]
+
+
+@functools.cache
+def adapter_places(shapes: AdapterShapes) -> tuple[Place, ...]:
+    """In their order. The A of projections that share an input are side by side: kernels take them as one."""
+    places, end = [], 0
+    for group in _SHARED_INPUTS:
+        for half in (0, 1):
+            for projection in group:
+                pair = shapes[projection]
+                if pair is not None:
+                    places.append(Place(projection, half, end, pair[half]))
+                    end += math.prod(pair[half])
+    return tuple(places)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def adapters_apart(
     shapes: AdapterShapes, vector: Float[Array, " N"]
 ) -> tuple[tuple[Array, Array] | None, ...]:
     """A and B of each projection of a block. Their gradients are joined at once, not added up one by one."""
-
-    def part(start: int, shape: tuple[int, int]) -> Array:
-        return vector[start : start + math.prod(shape)].reshape(shape)
-
+    parts = {
+        (place.projection, place.half): vector[place.start :][: math.prod(place.shape)].reshape(place.shape)
+        for place in adapter_places(shapes)
+    }
     return tuple(
-        None if pair is None else (part(start_a, pair[0]), part(start_b, pair[1]))
-        for (start_a, start_b), pair in zip(_starts(shapes), shapes, strict=True)
+        None if pair is None else (parts[number, 0], parts[number, 1]) for number, pair in enumerate(shapes)
     )
-
-
-def _starts(shapes: AdapterShapes) -> list[tuple[int, int]]:
-    """Of each projection: where its A and its B begin in the vector."""
-    starts, end = [], 0
-    for a, b in (pair or ((0, 0), (0, 0)) for pair in shapes):
-        starts.append((end, end + math.prod(a)))
-        end += math.prod(a) + math.prod(b)
-    return starts
 
 
 def _adapters_apart_forward(shapes: AdapterShapes, vector: Array) -> tuple[Any, None]:
@@ -305,10 +319,16 @@ def _adapters_apart_forward(shapes: AdapterShapes, vector: Array) -> tuple[Any, 
 
 
 def _adapters_apart_backward(shapes: AdapterShapes, _: None, gradients: Any) -> tuple[Array]:
-    return (jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradients)]),)
+    return (adapters_joined(shapes, gradients, jnp),)
 
 
 adapters_apart.defvjp(_adapters_apart_forward, _adapters_apart_backward)
+
+
+def adapters_joined(shapes: AdapterShapes, pairs: Sequence[Any], numpy: Any) -> Any:
+    """The vector of A and B of each projection, made by a module such as numpy."""
+    places = adapter_places(shapes)
+    return numpy.concatenate([pairs[place.projection][place.half].ravel() for place in places])
 
 
 @functools.partial(
@@ -344,8 +364,12 @@ class BlockAdapters:
         if self.vector is None:
             a, b = linear.lora_a, linear.lora_b
             return None if a is None or b is None else Adapter(a[...], b[...], scale, dropout, key)
-        pair, (_, b_start) = self.apart[number], _starts(self.shapes)[number]
-        return None if pair is None else Adapter(*pair, scale, dropout, key, self.vector, b_start)
+        pair = self.apart[number]
+        if pair is None:
+            return None
+        places = adapter_places(self.shapes)
+        starts = [place.start for place in places if place.projection == number]
+        return Adapter(*pair, scale, dropout, key, self.vector, *starts)
 
     def without(self, first: int) -> "BlockAdapters":
         """Of the projections from this number on alone."""

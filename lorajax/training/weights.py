@@ -9,7 +9,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from lorajax.models.decoder import Block, Decoder, LoRAParam, adapters_apart
+from lorajax.models.decoder import (
+    AdapterShapes,
+    Block,
+    Decoder,
+    LoRAParam,
+    adapters_apart,
+    adapters_joined,
+)
 
 # Dotted tree path -> array: {"layers.0.attention.q_proj.weight": bfloat16 [out, in], ...}.
 Weights = dict[str, Array]
@@ -47,12 +54,12 @@ def _join_adapters(block: Block) -> None:
     leaves = [leaf for pair in pairs if pair is not None for leaf in pair]
     if not leaves:
         return
+    shapes: AdapterShapes = tuple(None if pair is None else (pair[0].shape, pair[1].shape) for pair in pairs)
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
         vector: Any = jax.ShapeDtypeStruct((sum(leaf.size for leaf in leaves),), leaves[0].dtype)
     else:
-        vector = np.concatenate([np.asarray(leaf).ravel() for leaf in leaves])
-    block.adapters = LoRAParam(vector)
-    block.adapter_shapes = tuple(None if pair is None else (pair[0].shape, pair[1].shape) for pair in pairs)
+        vector = adapters_joined(shapes, jax.tree.map(np.asarray, pairs), np)
+    block.adapters, block.adapter_shapes = LoRAParam(vector), shapes
     for linear in block.linears():
         linear.lora_a = linear.lora_b = None
 

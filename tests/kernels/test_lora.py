@@ -24,12 +24,16 @@ from lorajax_kernels.lora import (
 from lorajax_kernels.lora import triton as host
 from lorajax_kernels.lora.products import should_join
 from lorajax_kernels.lora.triton import (
+    COPIED,
+    COPY_WARPS,
     JOIN_TILING,
     TILING,
+    Columns,
     JoinTiling,
     Tiling,
     triton_hidden_and_b,
     triton_hidden_and_joined,
+    triton_operands,
     triton_swiglu_backward,
 )
 from lorajax_kernels.lora.xla import xla_hidden_and_b
@@ -517,6 +521,36 @@ def test_triton_gradients_equal_xla(run_on_cpu, rows, out, rank, programs):
     jax.tree.map(np.testing.assert_array_equal, elsewhere, found)
 
 
+@pytest.mark.parametrize("count", (1, 2, 3))
+def test_triton_operands_are_the_adapters_in_their_columns(run_on_cpu, monkeypatch, count):
+    run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
+    monkeypatch.setattr(host, "COPIED", 64)
+    adapters = [
+        Adapter(normal(rank, 33, seed=rank), normal(out, rank, seed=out), scale=0.5 * rank)
+        for rank, out in ((3, 17), (5, 40), (8, 9))[:count]
+    ]
+    adapters = parts_of_a_vector(adapters)
+    columns = [Columns(0, 3), Columns(3, 16), Columns(8, 16)][:count]
+    given = {
+        "a_start": adapters[0].a_start,
+        "b_starts": [adapter.b_start for adapter in adapters],
+        "scales": [adapter.scale for adapter in adapters],
+        "width": 24,
+        "dtype": jnp.float32,
+    }
+    a, b = ([jnp.full(getattr(each, half).shape, jnp.nan) for each in adapters] for half in "ab")
+    stacked, found = triton_operands(adapters[0].vector, a, b, columns=columns, **given)
+    rows = jnp.concatenate([adapter.a for adapter in adapters])
+    np.testing.assert_array_equal(stacked, jnp.pad(rows, ((0, 24 - len(rows)), (0, 0))))
+    assert len(found) == count
+    for s, adapter, own in zip(found, adapters, columns, strict=True):
+        around = own.left, own.window - own.left - adapter.rank
+        np.testing.assert_array_equal(s, adapter.scale * jnp.pad(adapter.b, ((0, 0), around)))
+    alone, nothing = triton_operands(adapters[0].vector, a, b, columns=[], **given)
+    np.testing.assert_array_equal(alone, stacked)
+    assert nothing == []
+
+
 @pytest.mark.parametrize(("rows", "width", "rank"), ((32, 64, 16), (37, 70, 8), (5, 20, 40)))
 def test_triton_hidden_and_joined_are_the_formula(run_on_cpu, rows, width, rank):
     run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
@@ -529,8 +563,31 @@ def test_triton_hidden_and_joined_are_the_formula(run_on_cpu, rows, width, rank)
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
 
 
+def parts_of_a_vector(adapters):
+    """The same, but that a and b are to be read of a vector alone, A after A; NaN lies around them."""
+    present = [adapter for adapter in adapters if adapter is not None]
+    pieces, starts, end = [jnp.full(16, jnp.nan)], {}, 16
+    for half in ("a", "b"):
+        for adapter in present:
+            pieces.append(getattr(adapter, half).ravel())
+            starts[id(adapter), half] = end
+            end += pieces[-1].size
+    vector = jnp.concatenate([*pieces, jnp.full(16, jnp.nan)])
+    return [
+        adapter
+        and dataclasses.replace(
+            adapter,
+            vector=vector,
+            a_start=starts[id(adapter), "a"],
+            b_start=starts[id(adapter), "b"],
+        )
+        for adapter in adapters
+    ]
+
+
+@pytest.mark.parametrize("in_vector", (False, True))
 @pytest.mark.parametrize("arrangement", ("joined", "added"))
-def test_layers_through_triton_equal_the_reference(run_on_cpu, monkeypatch, arrangement):
+def test_layers_through_triton_equal_the_reference(run_on_cpu, monkeypatch, arrangement, in_vector):
     run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
     monkeypatch.setattr(gradient, "MIN_OUT", 10)  # the last layer is too narrow
     monkeypatch.setattr(host, "TILING", Tiling(16, 16, 3, 4, 2))
@@ -540,9 +597,8 @@ def test_layers_through_triton_equal_the_reference(run_on_cpu, monkeypatch, arra
         (Implementation("triton", lambda problem, device: None, gradient.TRITON),),
     )
     weights, adapters, biases = layers()
-    # Its b is read where it lies.
-    vector = jnp.concatenate([jnp.full(16, jnp.nan), adapters[0].b.ravel()])
-    adapters[0] = dataclasses.replace(adapters[0], vector=vector, b_start=16)
+    if in_vector:
+        adapters = parts_of_a_vector(adapters)
     x = normal(40, IN)
     arguments = x, weights, adapters, biases, cotangents(x, weights)
     found = outputs_and_gradients(arranged(arrangement, trainable_bias=True), *arguments)
@@ -577,6 +633,24 @@ def test_triton_compiles_without_a_gpu(compile_kernel, rank, capability):
     )
     assert "mma" in compiled.asm["ptx"]
     assert compiled.metadata.shared <= {80: 163, 90: 227}[capability] * 1024
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+def test_triton_operands_compiles_without_a_gpu(compile_kernel, capability):
+    from lorajax_kernels.lora.triton_kernels import operands_kernel
+
+    sizes = ["inner", "rows", "start", "width"]
+    sizes += [f"{name}_{i}" for i in range(3) for name in ("out", "rank", "start", "left", "window")]
+    results = dict.fromkeys(("stacked_ptr", "s0_ptr", "s1_ptr", "s2_ptr"), "*bf16")
+    compiled = compile_kernel(
+        operands_kernel,
+        capability,
+        {"vector_ptr": "*fp32"} | dict.fromkeys(sizes, "i32") | results,
+        {"SCALE_0": 0.5, "SCALE_1": 0.5, "SCALE_2": 0.5, "BLOCK": COPIED},
+        COPY_WARPS,
+        1,
+    )
+    assert compiled.metadata.shared == 0
 
 
 @pytest.mark.parametrize("capability", (80, 90))

@@ -34,8 +34,11 @@ from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
 from lorajax_kernels.lora.products import should_join, sum_of_products
 from lorajax_kernels.lora.triton import (
     MIN_OUT,
+    MOST_ADAPTERS,
+    Columns,
     triton_hidden_and_b,
     triton_hidden_and_joined,
+    triton_operands,
     triton_swiglu_backward,
 )
 from lorajax_kernels.lora.xla import scaled, xla_hidden_and_b
@@ -62,19 +65,22 @@ class Kernels(NamedTuple):
 
     Attributes:
         hidden_and_b: (dy, u, B) -> (dy B, dy^T u), see xla_hidden_and_b.
+        operands: what products read of adapters that are parts of a vector, see triton_operands; None: XLA
+            makes it, one by one.
         hidden_and_joined: (x, A) -> (x A^T, [x, x A^T]), see triton_hidden_and_joined; None: one by one.
         swiglu_backward: (dh, gate, up) -> (dgate, dup, h), see triton_swiglu_backward; None: one by one.
         sums: whether sums of products are Mosaic's where it serves, see tiling_for.
     """
 
     hidden_and_b: Callable[..., tuple[Array, Array]]
+    operands: Callable[..., tuple[Array, list[Array]]] | None = None
     hidden_and_joined: Callable[[Array, Array], tuple[Array, Array]] | None = None
     swiglu_backward: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None
     sums: bool = False
 
 
 XLA = Kernels(xla_hidden_and_b)
-TRITON = Kernels(triton_hidden_and_b, triton_hidden_and_joined, triton_swiglu_backward)
+TRITON = Kernels(triton_hidden_and_b, triton_operands, triton_hidden_and_joined, triton_swiglu_backward)
 MOSAIC = TRITON._replace(sums=True)
 
 
@@ -194,50 +200,86 @@ def _hidden_and_outputs(
     join = sums_of_xla > 0 and should_join(
         options.arrangement, terms=2, rows=x.shape[0], k=x.shape[1], out=sums_of_xla
     )
+    # Of u, those that meet each B.
+    read = [
+        window if tiling is not None else slice(0, width) if join else own
+        for own, window, tiling in zip(columns, windows, tilings, strict=True)
+    ]
+    a, bs = _operands(
+        options,
+        x,
+        present,
+        width,
+        [
+            Columns(own.start - its.start, its.stop - its.start)
+            for own, its, adapter in zip(columns, read, adapters, strict=True)
+            if adapter is not None
+        ],
+    )
     at_once = options.kernels.hidden_and_joined if join else None
     joined = None
-    if at_once is not None and not any(adapter.drops for adapter in present):
-        u, joined = at_once(x, _filled_up(_stacked_a(x, present), width, axis=0))
+    if any(adapter.drops for adapter in present):
+        parts = [product("ri,ki->rk", drop(x, adapter), _stacked_a(x, [adapter])) for adapter in present]
+        u = _filled_up(jnp.concatenate(parts, axis=1), width, axis=1)
+    elif at_once is not None:
+        u, joined = at_once(x, a)
     else:
-        u = _hidden(x, present, width)
+        u = product("ri,ki->rk", x, a)
     u = checkpoint_name(u, "lora_hidden")
     if join and joined is None:
         joined = jnp.concatenate([x, u], axis=1)
 
-    ys = []
-    for weight, adapter, own, window, tiling in zip(
-        weights, adapters, columns, windows, tilings, strict=True
-    ):
+    ys, coming = [], iter(bs)
+    for weight, adapter, its, tiling in zip(weights, adapters, read, tilings, strict=True):
         w = dense(weight, x.dtype)
         if adapter is None:
             ys.append(product("ri,oi->ro", x, w))
             continue
+        b = next(coming)
         if tiling is not None:
-            s = _in_columns(adapter, own, window, x.dtype)
-            starts = (0, window.start)
-            ys.append(mosaic_sum_of_products([x, u], [w, s], transposed=True, tiling=tiling, starts=starts))
+            starts = (0, its.start)
+            ys.append(mosaic_sum_of_products([x, u], [w, b], transposed=True, tiling=tiling, starts=starts))
         elif joined is not None:
-            s = _in_columns(adapter, own, slice(0, width), x.dtype)
-            ys.append(product("rk,ok->ro", joined, jnp.concatenate([w, s], axis=1)))
+            ys.append(product("rk,ok->ro", joined, jnp.concatenate([w, b], axis=1)))
         else:
-            b = scaled(adapter.b, adapter.scale, x.dtype)
             # In this order cuBLAS may add the first to the second, see sum_of_products.
-            ys.append(product("rk,ok->ro", x, w) + product("rk,ok->ro", u[:, own], b))
+            ys.append(product("rk,ok->ro", x, w) + product("rk,ok->ro", u[:, its], b))
     return u, ys
 
 
-def _hidden(x: Rows, present: Sequence[Adapter], width: int) -> Hidden:
-    """x A^T of all adapters side by side, filled up to this many columns."""
-    if any(adapter.drops for adapter in present):
-        parts = [product("ri,ki->rk", drop(x, adapter), _stacked_a(x, [adapter])) for adapter in present]
-        return _filled_up(jnp.concatenate(parts, axis=1), width, axis=1)
-    return product("ri,ki->rk", x, _filled_up(_stacked_a(x, present), width, axis=0))
+def _operands(
+    options: Options, x: Rows, present: Sequence[Adapter], width: int, columns: Sequence[Columns]
+) -> tuple[Float[Array, "width in"], list[Float[Array, "out_i window_i"]]]:
+    """All A, filled up with rows of zeros, and scale B in its columns, of as many adapters as have them."""
+    make = options.kernels.operands
+    if make is not None and _in_one_vector(present) and len(present) <= MOST_ADAPTERS:
+        return make(
+            present[0].vector,
+            [adapter.a for adapter in present],
+            [adapter.b for adapter in present],
+            a_start=present[0].a_start,
+            b_starts=[adapter.b_start for adapter in present],
+            scales=[adapter.scale for adapter in present],
+            width=width,
+            columns=columns,
+            dtype=x.dtype,
+        )
+    bs = [
+        jnp.pad(
+            scaled(adapter.b, adapter.scale, x.dtype),
+            ((0, 0), (own.left, own.window - own.left - adapter.rank)),
+        )
+        for adapter, own in zip(present, columns, strict=False)
+    ]
+    return _filled_up(_stacked_a(x, present), width, axis=0), bs
 
 
-def _in_columns(adapter: Adapter, own: slice, window: slice, dtype: jnp.dtype) -> Float[Array, "out window"]:
-    """scale B in the columns of u that are its own, and zeros in the others of the window."""
-    b = scaled(adapter.b, adapter.scale, dtype)
-    return jnp.pad(b, ((0, 0), (own.start - window.start, window.stop - own.stop)))
+def _in_one_vector(present: Sequence[Adapter]) -> bool:
+    """Whether they are parts of a vector, A after A."""
+    if not present or any(adapter.vector is None for adapter in present):
+        return False
+    follow = [adapter.a_start + adapter.a.size for adapter in present]
+    return all(adapter.a_start == end for adapter, end in zip(present[1:], follow, strict=False))
 
 
 def _forward_sizes(
@@ -354,7 +396,7 @@ def _gradient_of_x(
     if present and not drops:
         width = _width(options, present)
         lefts.append(_filled_up(jnp.concatenate(dus, axis=1), width, axis=1))
-        rights.append(_filled_up(_stacked_a(x, present), width, axis=0))
+        rights.append(_operands(options, x, present, width, [])[0])
     ks = [left.shape[1] for left in lefts]
     tiling = _tiling(options, x.shape[0], x.shape[1], ks) if len(lefts) > 1 else None
     if tiling is not None:

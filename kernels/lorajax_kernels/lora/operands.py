@@ -17,7 +17,7 @@ Weight = Float[Array, "out in"] | NF4Weight
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("a", "b", "key", "vector"),
-    meta_fields=("scale", "dropout", "b_start"),
+    meta_fields=("scale", "dropout", "a_start", "b_start"),
 )
 @dataclass(frozen=True, eq=False)
 class Adapter:
@@ -28,9 +28,10 @@ class Adapter:
         scale: as a rule alpha / R.
         dropout: rate, at least 0 and below 1.
         key: of the dropout, another one for each adapter; None switches it off.
-        vector: that holds b's elements from the place b_start on, where b is a part of one: a constant, which
-            kernels read in place of b, so that it need not be copied out of it.
-        b_start: see there.
+        vector: that a and b are parts of, float32: a constant, which kernels read in place of a and b, so
+            that these need not be copied out of it; the same for all adapters of a call that have one. None:
+            they are arrays of their own.
+        a_start, b_start: where a's and b's elements begin in the vector.
     """
 
     a: Float[Array, "R in"]
@@ -39,6 +40,7 @@ class Adapter:
     dropout: float = 0.0
     key: PRNGKeyArray | None = None
     vector: Float[Array, " N"] | None = None
+    a_start: int = 0
     b_start: int = 0
 
     @property

@@ -13,8 +13,10 @@ each in memory of its own.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +90,11 @@ def triton_hidden_and_b(
     within: tuple[Float[Array, " N"], int] | None = None,
     tiling: Tiling | None = None,
 ) -> tuple[Float[Array, "rows R"], Float[Array, "out R"]]:
-    """See xla_hidden_and_b; `within` as in Adapter: then b is not read, only its shape."""
+    """See xla_hidden_and_b.
+
+    Args:
+        within: (vector, place from which on it holds b): b itself is not read then; None: it is.
+    """
     triton_kernels = load_kernels("lorajax_kernels.lora.triton_kernels")
     tiling = tiling or TILING
     (rows, out), rank = dy.shape, b.shape[1]
@@ -146,6 +152,65 @@ def triton_hidden_and_joined(
         BLOCK_IN=tiling.columns,
         BLOCK_R=block_for(rank),
     )
+
+
+# Adapters of one input, at most; elements of a program of the kernel, and its warps.
+MOST_ADAPTERS, COPIED, COPY_WARPS = 3, 1024, 4
+
+
+class Columns(NamedTuple):
+    """Where a B goes: scale * B in `window` columns, zeros but for those from `left` on."""
+
+    left: int
+    window: int
+
+
+def triton_operands(
+    vector: Float[Array, " N"],
+    a: Sequence[Float[Array, "R_i in"]],
+    b: Sequence[Float[Array, "out_i R_i"]],
+    *,
+    a_start: int,
+    b_starts: Sequence[int],
+    scales: Sequence[float],
+    width: int,
+    columns: Sequence[Columns],
+    dtype: jnp.dtype,
+) -> tuple[Float[Array, "width in"], list[Float[Array, "out_i window_i"]]]:
+    """What products with adapters read of them: all A, filled up with rows of zeros, and each B in columns.
+
+    Args:
+        vector: holds the A one after the other from a_start on, and each B from its own start on.
+        a, b: up to MOST_ADAPTERS, for their shapes; they are not read.
+        columns: of B; none: the A alone.
+        dtype: of the results.
+    """
+    triton_kernels = load_kernels("lorajax_kernels.lora.triton_kernels")
+    rows, inner = sum(each.shape[0] for each in a), a[0].shape[1]
+    shapes = [(each.shape[0], own.window) for each, own in zip(b, columns, strict=False)]
+    programs = sum(-(-math.prod(shape) // COPIED) for shape in [(width, inner), *shapes])
+    sizes = [inner, rows, a_start, width]
+    constants: dict[str, Any] = {}
+    for i in range(MOST_ADAPTERS):
+        # Of those that are missing, multiples of 16 too: Triton compiles other kernels for other numbers.
+        own = (0, 16, 0, 0, 16)
+        if i < len(shapes):
+            own = (shapes[i][0], b[i].shape[1], b_starts[i], columns[i].left, shapes[i][1])
+        sizes += own
+        constants[f"SCALE_{i}"] = float(scales[min(i, len(scales) - 1)])
+    missing = [(1, 1)] * (MOST_ADAPTERS - len(shapes))
+    stacked, *found = triton_call(
+        triton_kernels.operands_kernel,
+        vector,
+        *sizes,
+        out_shape=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in [(width, inner), *shapes, *missing]),
+        grid=(programs,),
+        num_warps=COPY_WARPS,
+        num_stages=1,
+        BLOCK=COPIED,
+        **constants,
+    )
+    return stacked, found[: len(shapes)]
 
 
 # Elements of one program of the element by element kernel, and its warps: an H200's memory is what limits it.

@@ -55,6 +55,68 @@ def hidden_and_b_kernel(
 
 
 @triton.jit
+def operands_kernel(
+    vector_ptr,
+    inner,
+    rows,
+    start,
+    width,
+    out_0,
+    rank_0,
+    start_0,
+    left_0,
+    window_0,
+    out_1,
+    rank_1,
+    start_1,
+    left_1,
+    window_1,
+    out_2,
+    rank_2,
+    start_2,
+    left_2,
+    window_2,
+    stacked_ptr,
+    s0_ptr,
+    s1_ptr,
+    s2_ptr,
+    SCALE_0: tl.constexpr,
+    SCALE_1: tl.constexpr,
+    SCALE_2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK elements of a result; the results lie one after the other over the programs; grid (programs,).
+
+    vector [N] has A [rows, inner] at start, and B [out_i, rank_i] at start_i. stacked [width, inner]: A and
+    rows of zeros; s_i [out_i, window_i]: SCALE_i B in the columns from left_i on, and columns of zeros.
+
+    Sizes are no constants: a kernel takes longer to compile than it ever runs.
+    """
+    program = tl.program_id(0)
+    place = program * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(vector_ptr + start + place, mask=place < rows * inner, other=0)
+    tl.store(stacked_ptr + place, a.to(stacked_ptr.dtype.element_ty), mask=place < width * inner)
+    program -= (width * inner + BLOCK - 1) // BLOCK
+    _in_columns(vector_ptr + start_0, s0_ptr, program, out_0, rank_0, left_0, window_0, SCALE_0, BLOCK)
+    program -= (out_0 * window_0 + BLOCK - 1) // BLOCK
+    _in_columns(vector_ptr + start_1, s1_ptr, program, out_1, rank_1, left_1, window_1, SCALE_1, BLOCK)
+    program -= (out_1 * window_1 + BLOCK - 1) // BLOCK
+    _in_columns(vector_ptr + start_2, s2_ptr, program, out_2, rank_2, left_2, window_2, SCALE_2, BLOCK)
+
+
+@triton.jit
+def _in_columns(b_ptr, s_ptr, program, out, rank, left, window, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the program's share of s [out, window], if it has one."""
+    if (program >= 0) & (program * BLOCK < out * window):
+        place = program * BLOCK + tl.arange(0, BLOCK)
+        row, column = place // window, place % window - left
+        inside = place < out * window
+        own = inside & (column >= 0) & (column < rank)
+        b = tl.load(b_ptr + row * rank + column, mask=own, other=0)
+        tl.store(s_ptr + place, (b * SCALE).to(s_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def hidden_and_joined_kernel(
     x_ptr,
     a_ptr,
