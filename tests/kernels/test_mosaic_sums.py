@@ -28,8 +28,8 @@ H100 = Device("NVIDIA H100", (9, 0), multiprocessors=132)
 SMALL = Tiling(columns=128, stages=3)
 ANYWHERE = Implementation("mosaic", lambda *_: None, gradient.XLA._replace(sums=True))
 # In a process of its own: JAX' plugin is noisy without a GPU.
-COMPILATION = """
-import jax, jax.numpy as jnp
+THERE = """
+import contextlib, jax, jax.numpy as jnp
 from jax.experimental import topologies
 from lorajax.memory.targets import find_target
 from lorajax_kernels.lora import mosaic
@@ -40,8 +40,21 @@ topology = topologies.get_topology_desc(
 )
 mesh = topologies.make_mesh(topology, (1,), ("x",))
 there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+"""
+LENGTH = """
+arrays = [jax.ShapeDtypeStruct((2048, 64), jnp.bfloat16, sharding=there) for _ in range(2)]
 
 
+def run(left, right):
+    tiling = tiling_for(2048, 2048, (64,), 132)
+    return mosaic_sum_of_products([left], [right], transposed=True, tiling=tiling, processors=132)
+
+
+lowered = jax.jit(run).lower(*arrays)
+lowered.compile()
+print(len(lowered.as_text()))
+"""
+COMPILATION = """
 def compiled(rows, out, ks, transposed, dtype):
     def array(*shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=there)
@@ -363,18 +376,44 @@ def test_a_process_that_lowers_nothing_knows_where_the_runtime_is(tmp_path):
     assert found == ["1 True", "0 True"]
 
 
+def compile_there(script, **environment):
+    """What a script prints that compiles for a GPU which is not there."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "XLA_FLAGS": "--xla_gpu_autotune_level=0",
+        **environment,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
     reason="JAX' CUDA plugin is not installed (lorajax[plan])",
 )
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="it is for JAX 0.11")
 def test_compiles_for_hopper_without_a_gpu():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "XLA_FLAGS": "--xla_gpu_autotune_level=0",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILATION], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout.split() == ["True"] * 4, done.stderr[-2000:]
+    assert compile_there(f"{THERE}{COMPILATION}").split() == ["True"] * 4
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="JAX' CUDA plugin is not installed (lorajax[plan])",
+)
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="it is for JAX 0.11")
+def test_a_kernel_is_written_in_fewer_words_for_the_same_code(tmp_path):
+    lengths, codes = [], []
+    for number, plain in enumerate(("", "mosaic._simplified = contextlib.nullcontext\n")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        dumps = {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_TO": str(folder)}
+        lengths.append(int(compile_there(f"{THERE}{plain}{LENGTH}", **dumps)))
+        [code] = folder.glob("*.ptx")
+        codes.append(code.read_text())
+    assert lengths[0] < 0.75 * lengths[1]
+    assert "wgmma" in codes[0]
+    assert codes[0] == codes[1]

@@ -14,9 +14,10 @@ beyond an operand's edges is loaded as zero, and nothing is stored there.
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -207,7 +208,35 @@ def _lower(
         platforms=["cuda"],
         disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
     )
-    return lower(lefts, rights)
+    with _simplified():
+        return lower(lefts, rights)
+
+
+@contextlib.contextmanager
+def _simplified() -> Iterator[None]:
+    """What Mosaic makes of a kernel goes through the first passes of its compiler before it is written.
+
+    It is written into a program once for each call, and XLA reads and copies it over and over: as it is made,
+    with constants and the thread's number anew for each use, it is half as long again. The GPU's code is the
+    same. JAX has no way to ask for it; where it does not know the function, kernels are written as ever.
+    """
+    from jax.experimental.mosaic.gpu import core
+    from jaxlib.mlir.passmanager import PassManager
+
+    write = getattr(core, "_run_serde_pass", None)
+    if write is None:
+        yield
+        return
+
+    def simplify_and_write(module: Any, **options: Any) -> Any:
+        PassManager.parse("builtin.module(canonicalize,cse)", module.context).run(module.operation)
+        return write(module, **options)
+
+    core._run_serde_pass = simplify_and_write
+    try:
+        yield
+    finally:
+        core._run_serde_pass = write
 
 
 def _kernel(lefts: tuple[Array, ...], rights: tuple[Array, ...], options: _Options, interpret: Any) -> Array:
