@@ -30,6 +30,8 @@ CONTEXT_BYTES = 2**30
 SLACK = 0.02
 # Bytes that other arrays hold and that are worth a word.
 _NOTED = 2**28
+# And that other processes do; of an empty GPU, the driver has some hundred MiB.
+_OTHERS = 2**30
 # Of the products and copies that rates are measured with, see measure_rates.
 _MEASURED = {"matrix": 8192, "copied": 2**28}
 _FRACTION = "XLA_CLIENT_MEM_FRACTION"
@@ -46,7 +48,15 @@ def claim_gpu_memory(budget: str | None) -> None:
         return
     if (memory := _gpu_memory()) is not None:
         total, free = memory
-        os.environ[_FRACTION] = f"{claimed_fraction(total, free, budget):.4f}"
+        fraction = claimed_fraction(total, free, budget)
+        if total - free >= _OTHERS and (budget is None or fraction * total < allocated(budget)):
+            _log.warning(
+                "other processes hold %.2f of the GPU's %.2f GiB (see nvidia-smi); this one has %.2f GiB",
+                (total - free) / 2**30,
+                total / 2**30,
+                fraction * total / 2**30,
+            )
+        os.environ[_FRACTION] = f"{fraction:.4f}"
 
 
 def claimed_fraction(total: int, free: int, budget: str | None) -> float:

@@ -36,6 +36,21 @@ def test_a_fraction_in_the_environment_stays(monkeypatch):
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
 
 
+@pytest.mark.parametrize(
+    "budget, free, warns", [(None, 14, True), ("8GiB", 14, False), ("16GiB", 14, True), (None, 23.5, False)]
+)
+def test_memory_that_others_hold_is_named_where_the_run_has_less_for_it(
+    budget, free, warns, monkeypatch, caplog
+):
+    monkeypatch.setattr(machine, "_gpu_memory", lambda: (24 * GIB, int(free * GIB)))
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "1")  # so that it is put back
+        monkeypatch.delenv(name)
+    machine.claim_gpu_memory(budget)
+    expected = "other processes hold 10.00 of the GPU's 24.00 GiB (see nvidia-smi); this one has 13.00 GiB"
+    assert caplog.messages == [expected] * warns
+
+
 def test_free_memory_is_that_of_the_fullest_visible_gpu(monkeypatch, tmp_path):
     script = tmp_path / "nvidia-smi"
     script.write_text("#!/bin/sh\necho '24576, 20000'\necho '24576, 10000'\n")
