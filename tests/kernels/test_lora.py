@@ -27,12 +27,15 @@ from lorajax_kernels.lora.triton import (
     COPIED,
     COPY_WARPS,
     JOIN_TILING,
+    SUM_WARPS,
+    SUMMED_ROWS,
     TILING,
     Columns,
     JoinTiling,
     Tiling,
     triton_hidden_and_b,
     triton_hidden_and_joined,
+    triton_hidden_sums,
     triton_operands,
     triton_swiglu_backward,
 )
@@ -510,15 +513,37 @@ def test_triton_gradients_equal_xla(run_on_cpu, rows, out, rank, programs):
     own = {"columns": slice(3, 3 + rank), "scale": 0.5}
     found = triton_hidden_and_b(dy, u, b, tiling=tiling, **own)
     expected_hidden = jnp.einsum("ro,ok->rk", dy, 0.5 * b, precision="highest")
-    np.testing.assert_allclose(found[0], expected_hidden, rtol=1e-5, atol=1e-5)
-    for a, expected in zip(found, xla_hidden_and_b(dy, u, b, **own), strict=True):
-        assert a.shape == expected.shape and a.dtype == expected.dtype
-        np.testing.assert_allclose(a, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[0].sum(0), expected_hidden, rtol=1e-5, atol=1e-5)
+    expected, expected_b = xla_hidden_and_b(dy, u, b, **own)
+    assert expected.shape == (1, rows, rank) and found[0].shape[1:] == (rows, rank)
+    np.testing.assert_allclose(found[0].sum(0), expected[0], rtol=1e-5, atol=1e-5)
+    assert found[1].shape == expected_b.shape and found[1].dtype == expected_b.dtype
+    np.testing.assert_allclose(found[1], expected_b, rtol=1e-5, atol=1e-5)
     vector = jnp.concatenate([jnp.full(16, jnp.nan), b.ravel(), jnp.full(3, jnp.nan)])
     elsewhere = triton_hidden_and_b(
         dy, u, jnp.full_like(b, jnp.nan), within=(vector, 16), tiling=tiling, **own
     )
     jax.tree.map(np.testing.assert_array_equal, elsewhere, found)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float16))
+@pytest.mark.parametrize("width", (16, 40, 64))
+def test_triton_hidden_sums_are_those_of_the_strips(run_on_cpu, monkeypatch, width, dtype):
+    run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
+    monkeypatch.setattr(host, "SUMMED_ROWS", 16)
+    sizes = ((4, 3), (1, 8), (7, 5)) if width > 16 else ((3, 16),)
+    parts = [normal(strips, 37, rank, dtype=dtype, seed=rank) for strips, rank in sizes]
+    inverse = 1 + jnp.abs(normal(37))
+    sums = jnp.concatenate([part.astype(jnp.float32).sum(0).astype(dtype) for part in parts], axis=1)
+    filled = jnp.pad(sums, ((0, 0), (0, width - sums.shape[1])))
+    close = {"rtol": 1e-6, "atol": 1e-6} if dtype == jnp.float32 else {"rtol": 2**-10, "atol": 2**-10}
+    for scale in (None, inverse):
+        found, scaled = triton_hidden_sums(parts, width=width, inverse=scale)
+        assert found.shape == filled.shape and found.dtype == dtype
+        np.testing.assert_allclose(found.astype(jnp.float32), filled.astype(jnp.float32), **close)
+    assert triton_hidden_sums(parts, width=width)[1] is None
+    expected = found[:, : sums.shape[1]].astype(jnp.float32) * inverse[:, None]
+    np.testing.assert_array_equal(scaled, expected.astype(dtype))
 
 
 @pytest.mark.parametrize("count", (1, 2, 3))
@@ -633,6 +658,26 @@ def test_triton_compiles_without_a_gpu(compile_kernel, rank, capability):
     )
     assert "mma" in compiled.asm["ptx"]
     assert compiled.metadata.shared <= {80: 163, 90: 227}[capability] * 1024
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("scaled", (False, True))
+def test_triton_hidden_sums_compiles_without_a_gpu(compile_kernel, scaled, capability):
+    from lorajax_kernels.lora.triton_kernels import hidden_sums_kernel
+
+    parts, results = (
+        dict.fromkeys(names, "*bf16") for names in (("p0_ptr", "p1_ptr", "p2_ptr"), ("all_ptr", "scaled_ptr"))
+    )
+    sizes = ["rows", *(f"{name}_{i}" for i in range(3) for name in ("strips", "rank")), "ranks", "width"]
+    compiled = compile_kernel(
+        hidden_sums_kernel,
+        capability,
+        parts | {"inverse_ptr": "*fp32"} | dict.fromkeys(sizes, "i32") | results,
+        {"SCALED": scaled, "BLOCK_ROWS": SUMMED_ROWS, "BLOCK_R": 32, "FILLED": 32},
+        SUM_WARPS,
+        1,
+    )
+    assert compiled.metadata.shared <= 163 * 1024
 
 
 @pytest.mark.parametrize("capability", (80, 90))

@@ -38,6 +38,7 @@ from lorajax_kernels.lora.triton import (
     Columns,
     triton_hidden_and_b,
     triton_hidden_and_joined,
+    triton_hidden_sums,
     triton_operands,
     triton_swiglu_backward,
 )
@@ -64,7 +65,8 @@ class Kernels(NamedTuple):
     """An implementation.
 
     Attributes:
-        hidden_and_b: (dy, u, B) -> (dy B, dy^T u), see xla_hidden_and_b.
+        hidden_and_b: (dy, u, B) -> (dy B in parts to be summed, dy^T u), see xla_hidden_and_b.
+        hidden_sums: what becomes of these parts, see triton_hidden_sums; None: XLA sums them.
         operands: what products read of adapters that are parts of a vector, see triton_operands; None: XLA
             makes it, one by one.
         hidden_and_joined: (x, A) -> (x A^T, [x, x A^T]), see triton_hidden_and_joined; None: one by one.
@@ -73,6 +75,7 @@ class Kernels(NamedTuple):
     """
 
     hidden_and_b: Callable[..., tuple[Array, Array]]
+    hidden_sums: Callable[..., tuple[Array, Array | None]] | None = None
     operands: Callable[..., tuple[Array, list[Array]]] | None = None
     hidden_and_joined: Callable[[Array, Array], tuple[Array, Array]] | None = None
     swiglu_backward: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None
@@ -80,7 +83,13 @@ class Kernels(NamedTuple):
 
 
 XLA = Kernels(xla_hidden_and_b)
-TRITON = Kernels(triton_hidden_and_b, triton_operands, triton_hidden_and_joined, triton_swiglu_backward)
+TRITON = Kernels(
+    triton_hidden_and_b,
+    triton_hidden_sums,
+    triton_operands,
+    triton_hidden_and_joined,
+    triton_swiglu_backward,
+)
 MOSAIC = TRITON._replace(sums=True)
 
 
@@ -126,12 +135,12 @@ def _forward(
 def _backward(options: Options, residuals, dys: Outputs):
     u, inverse, x, norm, weights, adapters, biases = residuals
     dys, weights, adapters = _once_there(tuple(dys), x.dtype, weights, adapters)
-    dus, dbs = _gradients_of_b(options, dys, u, adapters)
-    dx = _gradient_of_x(options, x, dys, dus, weights, adapters)
+    du, scaled_du, dbs = _gradients_of_b(options, dys, u, adapters, inverse)
+    dx = _gradient_of_x(options, x, dys, du, weights, adapters)
     if norm is None:
-        das = _gradients_of_a(x, dus, _present(adapters))
+        das = _gradients_of_a(x, du, _present(adapters))
     else:
-        das = _gradients_of_a_after_norm(x, norm, inverse, dus, _present(adapters))
+        das = _gradients_of_a_after_norm(x, norm, inverse, du, scaled_du, _present(adapters))
     dadapters = _gradients_of_adapters(das, dbs, adapters)
     # Now: left alone, XLA makes dA last, and holds x until then.
     dx, dadapters = jax.lax.optimization_barrier((dx, dadapters))
@@ -162,15 +171,15 @@ def _gated_backward(options: Options, residuals, dy: Array):
     # gate and up too: otherwise their product is kept from the forward pass.
     arrays, weights, adapters = _once_there((dy, gate, up), dy.dtype, (weight,), (adapter,))
     dy, gate, up = jax.lax.optimization_barrier(arrays)
-    dus, dbs = _gradients_of_b(options, [dy], u, adapters)
-    dx = _gradient_of_x(options, gate, [dy], dus, weights, adapters)
+    du, _, dbs = _gradients_of_b(options, [dy], u, adapters)
+    dx = _gradient_of_x(options, gate, [dy], du, weights, adapters)
     if options.kernels.swiglu_backward is not None:
         dgate, dup, x = options.kernels.swiglu_backward(dx, gate, up)
-        das = _gradients_of_a(x, dus, _present(adapters))
+        das = _gradients_of_a(x, du, _present(adapters))
         [dadapter] = _gradients_of_adapters(das, dbs, adapters)
         dadapter, dgate, dup = jax.lax.optimization_barrier((dadapter, dgate, dup))
     else:
-        das = _gradients_of_a(swiglu(gate, up), dus, _present(adapters))
+        das = _gradients_of_a(swiglu(gate, up), du, _present(adapters))
         [dadapter] = _gradients_of_adapters(das, dbs, adapters)
         # In this order: the product is gone before the gradients of gate and up are there.
         dadapter, gate, up = jax.lax.optimization_barrier((dadapter, gate, up))
@@ -328,19 +337,33 @@ def _window(own: slice, width: int) -> slice:
 
 
 def _gradients_of_b(
-    options: Options, dys: Outputs, u: Hidden, adapters: Adapters
-) -> tuple[list[Array], list[Array]]:
-    """What flows back into the hidden activations, and dB, of each adapter."""
-    dus, dbs = [], []
+    options: Options, dys: Outputs, u: Hidden, adapters: Adapters, inverse: Inverse | None = None
+) -> tuple[Hidden, Float[Array, "rows R"] | None, list[Array]]:
+    """What flows back into the hidden activations, that times `inverse`, not filled up, and dB of each."""
+    parts, dbs, present = [], [], _present(adapters)
     for dy, adapter, columns in zip(dys, adapters, _columns(adapters), strict=True):
         if adapter is not None:
             kernels = XLA if dy.shape[1] < MIN_OUT else options.kernels
-            du, db = kernels.hidden_and_b(
+            part, db = kernels.hidden_and_b(
                 dy, u, adapter.b, columns=columns, scale=adapter.scale, within=adapter.b_within
             )
-            dus.append(du)
+            parts.append(part)
             dbs.append(adapter.scale * db)
-    return dus, dbs
+    if not present:
+        return u, None, dbs
+    width, make = _width(options, present), options.kernels.hidden_sums
+    # In float16 the inverse may be too large for it, see _gradients_of_a_after_norm.
+    inverse = None if u.dtype == jnp.float16 else inverse
+    if make is not None and len(parts) <= MOST_ADAPTERS:
+        du, scaled_du = make(parts, width=width, inverse=inverse)
+        return du, scaled_du, dbs
+    sums = [
+        jnp.sum(part, axis=0, dtype=jnp.float32).astype(u.dtype) if len(part) > 1 else part[0]
+        for part in parts
+    ]
+    du = jnp.concatenate(sums, axis=1)
+    scaled_du = None if inverse is None else (du.astype(jnp.float32) * inverse[:, None]).astype(du.dtype)
+    return _filled_up(du, width, axis=1), scaled_du, dbs
 
 
 def _gradients_of_adapters(
@@ -350,18 +373,27 @@ def _gradients_of_adapters(
     return tuple(None if adapter is None else next(gradients) for adapter in adapters)
 
 
-def _gradients_of_a(x: Rows, dus: Sequence[Array], present: Sequence[Adapter]) -> Sequence[Array]:
+def _gradients_of_a(x: Rows, du: Hidden, present: Sequence[Adapter]) -> Sequence[Array]:
     """dA of each adapter, [R_i, in] float32."""
+    columns = _columns(present)
     if any(adapter.drops for adapter in present):
-        return [einsum("rk,ri->ki", du, drop(x, adapter)) for du, adapter in zip(dus, present, strict=True)]
+        return [
+            einsum("rk,ri->ki", du[:, own], drop(x, adapter))
+            for own, adapter in zip(columns, present, strict=True)
+        ]
     if not present:
         return []
-    da = einsum("rk,ri->ki", jnp.concatenate(dus, axis=1), x)
-    return [da[columns] for columns in _columns(present)]
+    da = einsum("rk,ri->ki", du[:, : columns[-1].stop], x)
+    return [da[own] for own in columns]
 
 
 def _gradients_of_a_after_norm(
-    x: Rows, norm: Array, inverse: Inverse, dus: Sequence[Array], present: Sequence[Adapter]
+    x: Rows,
+    norm: Array,
+    inverse: Inverse,
+    du: Hidden,
+    scaled_du: Float[Array, "rows R"] | None,
+    present: Sequence[Adapter],
 ) -> Sequence[Array]:
     """The same for adapters that see rms_norm(x, norm), which need not be made again.
 
@@ -369,14 +401,13 @@ def _gradients_of_a_after_norm(
     go to the small side of the product; in float16, where they are large enough to overflow if x is small, to
     x after all.
     """
-    inverse = inverse[:, None]
     if x.dtype == jnp.float16:
         # Otherwise it is kept from the forward pass.
-        dus, x = jax.lax.optimization_barrier((tuple(dus), x))
-        x = (x.astype(jnp.float32) * inverse).astype(x.dtype)
-    else:
-        dus = [(du.astype(jnp.float32) * inverse).astype(du.dtype) for du in dus]
-    return [norm.astype(jnp.float32) * da for da in _gradients_of_a(x, dus, present)]
+        du, x = jax.lax.optimization_barrier((du, x))
+        x = (x.astype(jnp.float32) * inverse[:, None]).astype(x.dtype)
+    elif scaled_du is not None:
+        du = scaled_du
+    return [norm.astype(jnp.float32) * da for da in _gradients_of_a(x, du, present)]
 
 
 def _gradients_of_norm(dy: Rows, x: Rows, norm: Array, inverse: Inverse) -> tuple[Rows, Float[Array, " in"]]:
@@ -388,14 +419,14 @@ def _gradients_of_norm(dy: Rows, x: Rows, norm: Array, inverse: Inverse) -> tupl
 
 
 def _gradient_of_x(
-    options: Options, x: Rows, dys: Outputs, dus: Sequence[Array], weights: Weights, adapters: Adapters
+    options: Options, x: Rows, dys: Outputs, du: Hidden, weights: Weights, adapters: Adapters
 ) -> Rows:
     present = _present(adapters)
     drops = any(adapter.drops for adapter in present)
     lefts, rights = list(dys), [dense(weight, x.dtype) for weight in weights]
     if present and not drops:
         width = _width(options, present)
-        lefts.append(_filled_up(jnp.concatenate(dus, axis=1), width, axis=1))
+        lefts.append(du)
         rights.append(_operands(options, x, present, width, [])[0])
     ks = [left.shape[1] for left in lefts]
     tiling = _tiling(options, x.shape[0], x.shape[1], ks) if len(lefts) > 1 else None
@@ -406,8 +437,8 @@ def _gradient_of_x(
         join = should_join(options.arrangement, terms=len(lefts), rows=x.shape[0], k=k, out=x.shape[1])
         dx = sum_of_products(lefts, rights, join=join)
     if drops:
-        for du, adapter in zip(dus, present, strict=True):
-            dx = dx + drop(product("rk,ki->ri", du, _stacked_a(x, [adapter])), adapter)
+        for own, adapter in zip(_columns(present), present, strict=True):
+            dx = dx + drop(product("rk,ki->ri", du[:, own], _stacked_a(x, [adapter])), adapter)
     return dx
 
 

@@ -51,6 +51,8 @@ class Tiling:
     num_stages: int
 
 
+# Of one input that these kernels take at once.
+MOST_ADAPTERS = 3
 # The fastest of twelve on an H200.
 TILING = Tiling(rows=64, columns=256, programs=132, num_warps=8, num_stages=3)
 
@@ -89,8 +91,8 @@ def triton_hidden_and_b(
     scale: float,
     within: tuple[Float[Array, " N"], int] | None = None,
     tiling: Tiling | None = None,
-) -> tuple[Float[Array, "rows R"], Float[Array, "out R"]]:
-    """See xla_hidden_and_b.
+) -> tuple[Float[Array, "strips rows R"], Float[Array, "out R"]]:
+    """See xla_hidden_and_b; the first is still to be summed over the strips.
 
     Args:
         within: (vector, place from which on it holds b): b itself is not read then; None: it is.
@@ -126,7 +128,56 @@ def triton_hidden_and_b(
         BLOCK_OUT=strip,
         BLOCK_R=block_r,
     )
-    return jnp.sum(hidden, axis=0, dtype=jnp.float32).astype(dy.dtype), jnp.sum(db, axis=0)
+    return hidden, jnp.sum(db, axis=0)
+
+
+# Rows of a program of the kernel that sums, and its warps.
+SUMMED_ROWS, SUM_WARPS = 64, 4
+
+
+def triton_hidden_sums(
+    parts: Sequence[Float[Array, "strips_i rows R_i"]],
+    *,
+    width: int,
+    inverse: Float[Array, " rows"] | None = None,
+) -> tuple[Float[Array, "rows width"], Float[Array, "rows R"] | None]:
+    """Sums over the strips, in the parts' dtype, side by side and filled up with zeros.
+
+    Args:
+        parts: up to MOST_ADAPTERS, from triton_hidden_and_b.
+        inverse: float32; the second result is the sums, as they are rounded, times it, not filled up.
+    """
+    triton_kernels = load_kernels("lorajax_kernels.lora.triton_kernels")
+    (_, rows, _), dtype = parts[0].shape, parts[0].dtype
+    each = [parts[min(i, len(parts) - 1)] for i in range(MOST_ADAPTERS)]
+    sizes = [
+        size
+        for i, part in enumerate(each)
+        for size in ((part.shape[0], part.shape[2]) if i < len(parts) else (0, 0))
+    ]
+    ranks = sum(part.shape[2] for part in parts)
+    filled = block_for(width - ranks) if width > ranks else 16
+    summed, scaled = triton_call(
+        triton_kernels.hidden_sums_kernel,
+        *each,
+        each[0] if inverse is None else inverse,
+        rows,
+        *sizes,
+        ranks,
+        width,
+        out_shape=(
+            jax.ShapeDtypeStruct((rows, width), dtype),
+            jax.ShapeDtypeStruct((1, 1) if inverse is None else (rows, ranks), dtype),
+        ),
+        grid=(-(-rows // SUMMED_ROWS), MOST_ADAPTERS + (width > ranks)),
+        num_warps=SUM_WARPS,
+        num_stages=1,
+        SCALED=inverse is not None,
+        BLOCK_ROWS=SUMMED_ROWS,
+        BLOCK_R=block_for(max(part.shape[2] for part in parts)),
+        FILLED=filled,
+    )
+    return summed, None if inverse is None else scaled
 
 
 def triton_hidden_and_joined(
@@ -154,8 +205,8 @@ def triton_hidden_and_joined(
     )
 
 
-# Adapters of one input, at most; elements of a program of the kernel, and its warps.
-MOST_ADAPTERS, COPIED, COPY_WARPS = 3, 1024, 4
+# Elements of a program of the kernel that copies, and its warps.
+COPIED, COPY_WARPS = 1024, 4
 
 
 class Columns(NamedTuple):

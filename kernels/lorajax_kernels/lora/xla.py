@@ -19,11 +19,11 @@ def xla_hidden_and_b(
     columns: slice,
     scale: float,
     within: tuple[Float[Array, " N"], int] | None = None,
-) -> tuple[Float[Array, "rows R"], Float[Array, "out R"]]:
+) -> tuple[Float[Array, "1 rows R"], Float[Array, "out R"]]:
     """dy (scale b) in dy's dtype, and dy^T u in float32, of the R columns of u that belong to b.
 
     Args:
         within: of no use here.
     """
     u = u[:, columns]
-    return product("ro,ok->rk", dy, scaled(b, scale, dy.dtype)), einsum("ro,rk->ok", dy, u)
+    return product("ro,ok->rk", dy, scaled(b, scale, dy.dtype))[None], einsum("ro,rk->ok", dy, u)
