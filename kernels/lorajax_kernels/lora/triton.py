@@ -1,14 +1,17 @@
 """Triton kernels that read a large operand of an adapter once where XLA reads it twice.
 
 In the backward pass a program owns some columns of dy and goes down some of its rows: dB of its columns stays
-in registers, and for each block of rows it leaves what its columns add to dy B. Both are sums over programs,
-which XLA makes of small arrays. Those of dy B are rounded to dy's dtype: each is a few hundred products, and
-there are a few dozen, so that the sum is as exact as its own rounding.
+in registers, and for each block of rows it leaves what its columns add to dy B. Both are then summed over the
+programs, dB by XLA. What is added to dy B is rounded to dy's dtype: each is a few hundred products, and there
+are a few dozen, so that the sum is as exact as its own rounding.
 
 In the forward pass x is copied, for the product with [x, u], by the kernel that makes u of it.
 
 What flows back through SwiGLU is written over what it is made of: XLA makes its three results one by one,
 each in memory of its own.
+
+What is small takes as long as a kernel takes to start, so one kernel makes it for all adapters of an input:
+the operands of their products, and the sums of what flows back into their hidden activations.
 """
 
 from __future__ import annotations
