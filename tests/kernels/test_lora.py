@@ -660,38 +660,43 @@ def test_triton_compiles_without_a_gpu(compile_kernel, rank, capability):
     assert compiled.metadata.shared <= {80: 163, 90: 227}[capability] * 1024
 
 
+# Triton takes a size of 1 for a constant.
+@pytest.mark.parametrize("ones", ((), ("rows", "rank_0", "strips_0")))
 @pytest.mark.parametrize("capability", (80, 90))
 @pytest.mark.parametrize("scaled", (False, True))
-def test_triton_hidden_sums_compiles_without_a_gpu(compile_kernel, scaled, capability):
+def test_triton_hidden_sums_compiles_without_a_gpu(compile_kernel, scaled, capability, ones):
     from lorajax_kernels.lora.triton_kernels import hidden_sums_kernel
 
     parts, results = (
         dict.fromkeys(names, "*bf16") for names in (("p0_ptr", "p1_ptr", "p2_ptr"), ("all_ptr", "scaled_ptr"))
     )
     sizes = ["rows", *(f"{name}_{i}" for i in range(3) for name in ("strips", "rank")), "ranks", "width"]
+    sizes = [name for name in sizes if name not in ones]
     compiled = compile_kernel(
         hidden_sums_kernel,
         capability,
         parts | {"inverse_ptr": "*fp32"} | dict.fromkeys(sizes, "i32") | results,
-        {"SCALED": scaled, "BLOCK_ROWS": SUMMED_ROWS, "BLOCK_R": 32, "FILLED": 32},
+        {"SCALED": scaled, "BLOCK_ROWS": SUMMED_ROWS, "BLOCK_R": 32, "FILLED": 32} | dict.fromkeys(ones, 1),
         SUM_WARPS,
         1,
     )
     assert compiled.metadata.shared <= 163 * 1024
 
 
+@pytest.mark.parametrize("ones", ((), ("rows", "rank_0", "window_0", "left_1")))
 @pytest.mark.parametrize("capability", (80, 90))
-def test_triton_operands_compiles_without_a_gpu(compile_kernel, capability):
+def test_triton_operands_compiles_without_a_gpu(compile_kernel, capability, ones):
     from lorajax_kernels.lora.triton_kernels import operands_kernel
 
     sizes = ["inner", "rows", "start", "width"]
     sizes += [f"{name}_{i}" for i in range(3) for name in ("out", "rank", "start", "left", "window")]
+    sizes = [name for name in sizes if name not in ones]
     results = dict.fromkeys(("stacked_ptr", "s0_ptr", "s1_ptr", "s2_ptr"), "*bf16")
     compiled = compile_kernel(
         operands_kernel,
         capability,
         {"vector_ptr": "*fp32"} | dict.fromkeys(sizes, "i32") | results,
-        {"SCALE_0": 0.5, "SCALE_1": 0.5, "SCALE_2": 0.5, "BLOCK": COPIED},
+        {"SCALE_0": 0.5, "SCALE_1": 0.5, "SCALE_2": 0.5, "BLOCK": COPIED} | dict.fromkeys(ones, 1),
         COPY_WARPS,
         1,
     )

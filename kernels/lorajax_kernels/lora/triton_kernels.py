@@ -160,7 +160,7 @@ def _summed(
     total = tl.full(place.shape, 0.0, tl.float32)
     for _strip in range(strips):
         total += tl.load(p_ptr + place, mask=inside, other=0).to(tl.float32)
-        place += rows.to(tl.int64) * rank
+        place += rows * rank
     total = total.to(all_ptr.dtype.element_ty)
     tl.store(all_ptr + row * width + left + column, total, mask=inside)
     if SCALED:
