@@ -77,6 +77,7 @@ def updated(
 
 
 def _decays(weights: Weights) -> dict[str, bool]:
+    """Which are matrices, or vectors of them as split_weights makes."""
     return {name: leaf.ndim > 1 or name.endswith(".adapters") for name, leaf in weights.items()}
 
 

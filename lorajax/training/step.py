@@ -100,7 +100,7 @@ def init_state(
         scale = _LARGEST_FLOAT16_LOSS / 2 ** (tokens_per_step - 1).bit_length()
     return TrainState(
         trainable,
-        optimizer.init(jax.eval_shape(lambda: trainable)),
+        optimizer.init(trainable),
         jnp.zeros((), jnp.int32),
         jax.random.key_data(jax.random.key(seed)),
         LossScale(jnp.asarray(scale, jnp.float32), jnp.zeros((), jnp.int32)),

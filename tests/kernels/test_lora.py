@@ -510,19 +510,18 @@ def test_triton_gradients_equal_xla(run_on_cpu, rows, out, rank, programs):
     run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
     tiling = Tiling(rows=16, columns=32, programs=programs, num_warps=4, num_stages=2)
     dy, u, b = normal(rows, out), normal(rows, rank + 5, seed=1), normal(out, rank, seed=2)
-    own = {"columns": slice(3, 3 + rank), "scale": 0.5}
-    found = triton_hidden_and_b(dy, u, b, tiling=tiling, **own)
+    adapter, columns = Adapter(jnp.zeros((rank, IN)), b, scale=0.5), slice(3, 3 + rank)
+    found = triton_hidden_and_b(dy, u, adapter, columns=columns, tiling=tiling)
     expected_hidden = jnp.einsum("ro,ok->rk", dy, 0.5 * b, precision="highest")
     np.testing.assert_allclose(found[0].sum(0), expected_hidden, rtol=1e-5, atol=1e-5)
-    expected, expected_b = xla_hidden_and_b(dy, u, b, **own)
+    expected, expected_b = xla_hidden_and_b(dy, u, adapter, columns=columns)
     assert expected.shape == (1, rows, rank) and found[0].shape[1:] == (rows, rank)
     np.testing.assert_allclose(found[0].sum(0), expected[0], rtol=1e-5, atol=1e-5)
     assert found[1].shape == expected_b.shape and found[1].dtype == expected_b.dtype
     np.testing.assert_allclose(found[1], expected_b, rtol=1e-5, atol=1e-5)
     vector = jnp.concatenate([jnp.full(16, jnp.nan), b.ravel(), jnp.full(3, jnp.nan)])
-    elsewhere = triton_hidden_and_b(
-        dy, u, jnp.full_like(b, jnp.nan), within=(vector, 16), tiling=tiling, **own
-    )
+    part = dataclasses.replace(adapter, b=jnp.full_like(b, jnp.nan), vector=vector, b_start=16)
+    elsewhere = triton_hidden_and_b(dy, u, part, columns=columns, tiling=tiling)
     jax.tree.map(np.testing.assert_array_equal, elsewhere, found)
 
 
@@ -556,22 +555,18 @@ def test_triton_operands_are_the_adapters_in_their_columns(run_on_cpu, monkeypat
     ]
     adapters = parts_of_a_vector(adapters)
     columns = [Columns(0, 3), Columns(3, 16), Columns(8, 16)][:count]
-    given = {
-        "a_start": adapters[0].a_start,
-        "b_starts": [adapter.b_start for adapter in adapters],
-        "scales": [adapter.scale for adapter in adapters],
-        "width": 24,
-        "dtype": jnp.float32,
-    }
-    a, b = ([jnp.full(getattr(each, half).shape, jnp.nan) for each in adapters] for half in "ab")
-    stacked, found = triton_operands(adapters[0].vector, a, b, columns=columns, **given)
+    parts = [
+        dataclasses.replace(each, a=jnp.full_like(each.a, jnp.nan), b=jnp.full_like(each.b, jnp.nan))
+        for each in adapters
+    ]
+    stacked, found = triton_operands(parts, width=24, columns=columns, dtype=jnp.float32)
     rows = jnp.concatenate([adapter.a for adapter in adapters])
     np.testing.assert_array_equal(stacked, jnp.pad(rows, ((0, 24 - len(rows)), (0, 0))))
     assert len(found) == count
     for s, adapter, own in zip(found, adapters, columns, strict=True):
         around = own.left, own.window - own.left - adapter.rank
         np.testing.assert_array_equal(s, adapter.scale * jnp.pad(adapter.b, ((0, 0), around)))
-    alone, nothing = triton_operands(adapters[0].vector, a, b, columns=[], **given)
+    alone, nothing = triton_operands(parts, width=24, columns=[], dtype=jnp.float32)
     np.testing.assert_array_equal(alone, stacked)
     assert nothing == []
 
@@ -610,9 +605,10 @@ def parts_of_a_vector(adapters):
     ]
 
 
+@pytest.mark.parametrize("normed", (False, True))
 @pytest.mark.parametrize("in_vector", (False, True))
 @pytest.mark.parametrize("arrangement", ("joined", "added"))
-def test_layers_through_triton_equal_the_reference(run_on_cpu, monkeypatch, arrangement, in_vector):
+def test_layers_through_triton_equal_the_reference(run_on_cpu, monkeypatch, arrangement, in_vector, normed):
     run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
     monkeypatch.setattr(gradient, "MIN_OUT", 10)  # the last layer is too narrow
     monkeypatch.setattr(host, "TILING", Tiling(16, 16, 3, 4, 2))
@@ -626,8 +622,14 @@ def test_layers_through_triton_equal_the_reference(run_on_cpu, monkeypatch, arra
         adapters = parts_of_a_vector(adapters)
     x = normal(40, IN)
     arguments = x, weights, adapters, biases, cotangents(x, weights)
-    found = outputs_and_gradients(arranged(arrangement, trainable_bias=True), *arguments)
-    assert_close(found, outputs_and_gradients(reference_lora_linears, *arguments), 1e-5)
+    norm = (1 + normal(IN, scale=0.1), 1e-5) if normed else None
+    found = outputs_and_gradients(arranged(arrangement, trainable_bias=True, norm=norm), *arguments)
+
+    def reference(x, *others, **options):
+        x = x if norm is None else rms_norm(x, norm[0], epsilon=norm[1])
+        return reference_lora_linears(x, *others, **options)
+
+    assert_close(found, outputs_and_gradients(reference, *arguments), 1e-5)
 
 
 @pytest.mark.parametrize("capability", (80, 90))

@@ -24,6 +24,13 @@ from lorajax_kernels.lora import (
 )
 from lorajax_kernels.lora.mosaic import Tiling, mosaic_sum_of_products, tiling_for
 
+from lorajax.memory.elsewhere import environment_there
+
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="JAX' CUDA plugin is not installed (lorajax[plan])",
+)
+needs_jax_0_11 = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="it is for JAX 0.11")
 H100 = Device("NVIDIA H100", (9, 0), multiprocessors=132)
 SMALL = Tiling(columns=128, stages=3)
 ANYWHERE = Implementation("mosaic", lambda *_: None, gradient.XLA._replace(sums=True))
@@ -315,7 +322,7 @@ def test_who_chooses_it(monkeypatch):
         choose_lora(jnp.bfloat16, 32, implementation="mosaic", device=H100)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="it is for JAX 0.11")
+@needs_jax_0_11
 def test_a_kernel_is_lowered_once_for_all_processes(compilation_cache, monkeypatch):
     pytest.importorskip("flatbuffers")
     lowered = []
@@ -358,11 +365,8 @@ print(len(lowered), os.path.exists(os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"]))
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="JAX' CUDA plugin is not installed (lorajax[plan])",
-)
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="it is for JAX 0.11")
+@needs_plugin
+@needs_jax_0_11
 def test_a_process_that_lowers_nothing_knows_where_the_runtime_is(tmp_path):
     """Without it XLA's compiler fails on the GPU, and so does what it has compiled before."""
     pytest.importorskip("flatbuffers")
@@ -378,12 +382,7 @@ def test_a_process_that_lowers_nothing_knows_where_the_runtime_is(tmp_path):
 
 def compile_there(script, **environment):
     """What a script prints that compiles for a GPU which is not there."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "XLA_FLAGS": "--xla_gpu_autotune_level=0",
-        **environment,
-    }
+    environment = environment_there() | environment
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
     )
@@ -391,20 +390,14 @@ def compile_there(script, **environment):
     return done.stdout
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="JAX' CUDA plugin is not installed (lorajax[plan])",
-)
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="it is for JAX 0.11")
+@needs_plugin
+@needs_jax_0_11
 def test_compiles_for_hopper_without_a_gpu():
     assert compile_there(f"{THERE}{COMPILATION}").split() == ["True"] * 4
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="JAX' CUDA plugin is not installed (lorajax[plan])",
-)
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="it is for JAX 0.11")
+@needs_plugin
+@needs_jax_0_11
 def test_a_kernel_is_written_in_fewer_words_for_the_same_code(tmp_path):
     lengths, codes = [], []
     for number, plain in enumerate(("", "mosaic._simplified = contextlib.nullcontext\n")):

@@ -138,6 +138,18 @@ def test_only_matrices_decay():
         np.testing.assert_allclose(leaf, 1 if name.endswith("norm") else 0.95, rtol=1e-6)
 
 
+def test_the_adapters_of_a_layer_are_updated_as_one_array():
+    """So that XLA has no more to compile where a layer has many adapters."""
+    weights = normal(0)
+    optimizer = adamw(TrainConfig(learning_rate=0.1, weight_decay=0.5), optax.constant_schedule(0.1))
+    state = optimizer.init(weights)
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim) == 2 * [(2, 3)] + 2 * [
+        (4,)
+    ] + 2 * [(12,)]
+    equations = str(jax.make_jaxpr(lambda *parts: update(optimizer, *parts))(weights, state, weights))
+    assert equations.count("sqrt") == 1 + 3  # the norm's, and one for each array
+
+
 def test_a_step_that_is_not_finite_changes_nothing():
     weights = normal(0)
     optimizer = adamw(TrainConfig(learning_rate=0.1, weight_decay=0.5), optax.constant_schedule(0.1))

@@ -65,7 +65,7 @@ class Kernels(NamedTuple):
     """An implementation.
 
     Attributes:
-        hidden_and_b: (dy, u, B) -> (dy B in parts to be summed, dy^T u), see xla_hidden_and_b.
+        hidden_and_b: (dy, u, adapter) -> (dy B in parts to be summed, dy^T u), see xla_hidden_and_b.
         hidden_sums: what becomes of these parts, see triton_hidden_sums; None: XLA sums them.
         operands: what products read of adapters that are parts of a vector, see triton_operands; None: XLA
             makes it, one by one.
@@ -262,17 +262,7 @@ def _operands(
     """All A, filled up with rows of zeros, and scale B in its columns, of as many adapters as have them."""
     make = options.kernels.operands
     if make is not None and _in_one_vector(present) and len(present) <= MOST_ADAPTERS:
-        return make(
-            present[0].vector,
-            [adapter.a for adapter in present],
-            [adapter.b for adapter in present],
-            a_start=present[0].a_start,
-            b_starts=[adapter.b_start for adapter in present],
-            scales=[adapter.scale for adapter in present],
-            width=width,
-            columns=columns,
-            dtype=x.dtype,
-        )
+        return make(present, width=width, columns=columns, dtype=x.dtype)
     bs = [
         jnp.pad(
             scaled(adapter.b, adapter.scale, x.dtype),
@@ -344,26 +334,31 @@ def _gradients_of_b(
     for dy, adapter, columns in zip(dys, adapters, _columns(adapters), strict=True):
         if adapter is not None:
             kernels = XLA if dy.shape[1] < MIN_OUT else options.kernels
-            part, db = kernels.hidden_and_b(
-                dy, u, adapter.b, columns=columns, scale=adapter.scale, within=adapter.b_within
-            )
+            part, db = kernels.hidden_and_b(dy, u, adapter, columns=columns)
             parts.append(part)
             dbs.append(adapter.scale * db)
     if not present:
         return u, None, dbs
-    width, make = _width(options, present), options.kernels.hidden_sums
     # In float16 the inverse may be too large for it, see _gradients_of_a_after_norm.
     inverse = None if u.dtype == jnp.float16 else inverse
+    return *_hidden_sums(options, parts, _width(options, present), inverse), dbs
+
+
+def _hidden_sums(
+    options: Options, parts: Sequence[Float[Array, "strips_i rows R_i"]], width: int, inverse: Inverse | None
+) -> tuple[Hidden, Float[Array, "rows R"] | None]:
+    """Sums over the strips side by side, filled up with zeros, and these times `inverse`, not filled up."""
+    make = options.kernels.hidden_sums
     if make is not None and len(parts) <= MOST_ADAPTERS:
-        du, scaled_du = make(parts, width=width, inverse=inverse)
-        return du, scaled_du, dbs
+        return make(parts, width=width, inverse=inverse)
+    # XLA's own products are whole.
     sums = [
-        jnp.sum(part, axis=0, dtype=jnp.float32).astype(u.dtype) if len(part) > 1 else part[0]
+        jnp.sum(part, axis=0, dtype=jnp.float32).astype(part.dtype) if len(part) > 1 else part[0]
         for part in parts
     ]
     du = jnp.concatenate(sums, axis=1)
     scaled_du = None if inverse is None else (du.astype(jnp.float32) * inverse[:, None]).astype(du.dtype)
-    return _filled_up(du, width, axis=1), scaled_du, dbs
+    return _filled_up(du, width, axis=1), scaled_du
 
 
 def _gradients_of_adapters(

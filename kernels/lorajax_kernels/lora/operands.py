@@ -44,11 +44,6 @@ class Adapter:
     b_start: int = 0
 
     @property
-    def b_within(self) -> tuple[Float[Array, " N"], int] | None:
-        """(vector, b_start)."""
-        return None if self.vector is None else (self.vector, self.b_start)
-
-    @property
     def rank(self) -> int:
         """R."""
         return self.a.shape[0]

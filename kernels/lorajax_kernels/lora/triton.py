@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lorajax_kernels.device import Device
+from lorajax_kernels.lora.operands import Adapter
 from lorajax_kernels.triton_call import block_for, load_kernels, triton_call
 
 if TYPE_CHECKING:
@@ -88,31 +89,24 @@ def why_not(problem: Problem, device: Device) -> str | None:
 def triton_hidden_and_b(
     dy: Float[Array, "rows out"],
     u: Float[Array, "rows all"],
-    b: Float[Array, "out R"],
+    adapter: Adapter,
     *,
     columns: slice,
-    scale: float,
-    within: tuple[Float[Array, " N"], int] | None = None,
     tiling: Tiling | None = None,
 ) -> tuple[Float[Array, "strips rows R"], Float[Array, "out R"]]:
-    """See xla_hidden_and_b; the first is still to be summed over the strips.
-
-    Args:
-        within: (vector, place from which on it holds b): b itself is not read then; None: it is.
-    """
+    """See xla_hidden_and_b; the first is still to be summed over the strips."""
     triton_kernels = load_kernels("lorajax_kernels.lora.triton_kernels")
     tiling = tiling or TILING
-    (rows, out), rank = dy.shape, b.shape[1]
+    (rows, out), rank = dy.shape, adapter.rank
     block_r = block_for(rank)
     # A program's share of dB, columns * block_r, is in registers.
     strip = min(tiling.columns * 32 // max(block_r, 32), block_for(out))
     blocks, strips = -(-rows // tiling.rows), -(-out // strip)
     per_program = -(-blocks // max(1, tiling.programs // strips))
     pieces = -(-blocks // per_program)
-    stored, start = (b, 0) if within is None else within
     hidden, db = triton_call(
         triton_kernels.hidden_and_b_kernel,
-        *(dy, u, stored, rows),
+        *(dy, u, adapter.b if adapter.vector is None else adapter.vector, rows),
         out_shape=(
             jax.ShapeDtypeStruct((strips, rows, rank), dy.dtype),
             jax.ShapeDtypeStruct((pieces, out, rank), jnp.float32),
@@ -124,8 +118,8 @@ def triton_hidden_and_b(
         RANK=rank,
         U_WIDTH=u.shape[1],
         U_START=columns.start,
-        B_START=start,
-        SCALE=scale,
+        B_START=adapter.b_start,
+        SCALE=adapter.scale,
         BLOCKS_PER_PROGRAM=per_program,
         BLOCK_ROWS=tiling.rows,
         BLOCK_OUT=strip,
@@ -152,18 +146,14 @@ def triton_hidden_sums(
     """
     triton_kernels = load_kernels("lorajax_kernels.lora.triton_kernels")
     (_, rows, _), dtype = parts[0].shape, parts[0].dtype
-    each = [parts[min(i, len(parts) - 1)] for i in range(MOST_ADAPTERS)]
-    sizes = [
-        size
-        for i, part in enumerate(each)
-        for size in ((part.shape[0], part.shape[2]) if i < len(parts) else (0, 0))
-    ]
+    missing = MOST_ADAPTERS - len(parts)
+    sizes = [size for strips, _, rank in (part.shape for part in parts) for size in (strips, rank)]
+    sizes += [0, 0] * missing
     ranks = sum(part.shape[2] for part in parts)
-    filled = block_for(width - ranks) if width > ranks else 16
     summed, scaled = triton_call(
         triton_kernels.hidden_sums_kernel,
-        *each,
-        each[0] if inverse is None else inverse,
+        *[*parts, *[parts[0]] * missing],
+        parts[0] if inverse is None else inverse,
         rows,
         *sizes,
         ranks,
@@ -172,13 +162,13 @@ def triton_hidden_sums(
             jax.ShapeDtypeStruct((rows, width), dtype),
             jax.ShapeDtypeStruct((1, 1) if inverse is None else (rows, ranks), dtype),
         ),
-        grid=(-(-rows // SUMMED_ROWS), MOST_ADAPTERS + (width > ranks)),
+        grid=(-(-rows // SUMMED_ROWS), len(parts)),
         num_warps=SUM_WARPS,
         num_stages=1,
         SCALED=inverse is not None,
         BLOCK_ROWS=SUMMED_ROWS,
         BLOCK_R=block_for(max(part.shape[2] for part in parts)),
-        FILLED=filled,
+        FILLED=block_for(max(width - ranks, 1)),
     )
     return summed, None if inverse is None else scaled
 
@@ -220,44 +210,36 @@ class Columns(NamedTuple):
 
 
 def triton_operands(
-    vector: Float[Array, " N"],
-    a: Sequence[Float[Array, "R_i in"]],
-    b: Sequence[Float[Array, "out_i R_i"]],
-    *,
-    a_start: int,
-    b_starts: Sequence[int],
-    scales: Sequence[float],
-    width: int,
-    columns: Sequence[Columns],
-    dtype: jnp.dtype,
+    adapters: Sequence[Adapter], *, width: int, columns: Sequence[Columns], dtype: jnp.dtype
 ) -> tuple[Float[Array, "width in"], list[Float[Array, "out_i window_i"]]]:
     """What products with adapters read of them: all A, filled up with rows of zeros, and each B in columns.
 
     Args:
-        vector: holds the A one after the other from a_start on, and each B from its own start on.
-        a, b: up to MOST_ADAPTERS, for their shapes; they are not read.
+        adapters: up to MOST_ADAPTERS, parts of a vector, A after A; nothing but that is read.
         columns: of B; none: the A alone.
         dtype: of the results.
     """
     triton_kernels = load_kernels("lorajax_kernels.lora.triton_kernels")
-    rows, inner = sum(each.shape[0] for each in a), a[0].shape[1]
-    shapes = [(each.shape[0], own.window) for each, own in zip(b, columns, strict=False)]
+    rows, inner = sum(adapter.rank for adapter in adapters), adapters[0].a.shape[1]
+    vector, placed = adapters[0].vector, list(zip(adapters, columns, strict=False))
+    assert vector is not None
+    shapes = [(adapter.b.shape[0], own.window) for adapter, own in placed]
     programs = sum(-(-math.prod(shape) // COPIED) for shape in [(width, inner), *shapes])
-    sizes = [inner, rows, a_start, width]
-    constants: dict[str, Any] = {}
-    for i in range(MOST_ADAPTERS):
-        # Of those that are missing, multiples of 16 too: Triton compiles other kernels for other numbers.
-        own = (0, 16, 0, 0, 16)
-        if i < len(shapes):
-            own = (shapes[i][0], b[i].shape[1], b_starts[i], columns[i].left, shapes[i][1])
-        sizes += own
-        constants[f"SCALE_{i}"] = float(scales[min(i, len(scales) - 1)])
-    missing = [(1, 1)] * (MOST_ADAPTERS - len(shapes))
+    missing = MOST_ADAPTERS - len(placed)
+    sizes = [inner, rows, adapters[0].a_start, width]
+    for adapter, own in placed:
+        sizes += [adapter.b.shape[0], adapter.rank, adapter.b_start, own.left, own.window]
+    # Multiples of 16 as most: Triton compiles other kernels for other numbers.
+    sizes += [0, 16, 0, 0, 16] * missing
+    scales = [*(adapter.scale for adapter in adapters), *[adapters[-1].scale] * MOST_ADAPTERS]
+    constants: dict[str, Any] = {f"SCALE_{i}": float(scales[i]) for i in range(MOST_ADAPTERS)}
     stacked, *found = triton_call(
         triton_kernels.operands_kernel,
         vector,
         *sizes,
-        out_shape=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in [(width, inner), *shapes, *missing]),
+        out_shape=tuple(
+            jax.ShapeDtypeStruct(shape, dtype) for shape in [(width, inner), *shapes, *[(1, 1)] * missing]
+        ),
         grid=(programs,),
         num_warps=COPY_WARPS,
         num_stages=1,

@@ -76,97 +76,44 @@ def hidden_sums_kernel(
     BLOCK_R: tl.constexpr,
     FILLED: tl.constexpr,
 ):
-    """Some rows of one adapter's sum, or of what fills up; grid (cdiv(rows, BLOCK_ROWS), 3 or 4).
+    """Rows of one adapter's sum, and with the first's the zeros; grid (cdiv(rows, BLOCK_ROWS), adapters).
 
     p_i [strips_i, rows, rank_i], inverse [rows]; all [rows, width]: the sums over strips side by side, and
     zeros; scaled [rows, ranks], if SCALED: the sums times inverse.
     """
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)
+    column = tl.arange(0, BLOCK_R)[None, :]
     number = tl.program_id(1)
     if number == 0:
-        _summed(
-            p0_ptr,
-            strips_0,
-            rank_0,
-            0,
-            row,
-            rows,
-            inverse_ptr,
-            all_ptr,
-            width,
-            scaled_ptr,
-            ranks,
-            SCALED,
-            BLOCK_R,
-        )
-    elif number == 1:
-        _summed(
-            p1_ptr,
-            strips_1,
-            rank_1,
-            rank_0,
-            row,
-            rows,
-            inverse_ptr,
-            all_ptr,
-            width,
-            scaled_ptr,
-            ranks,
-            SCALED,
-            BLOCK_R,
-        )
-    elif number == 2:
-        _summed(
-            p2_ptr,
-            strips_2,
-            rank_2,
-            rank_0 + rank_1,
-            row,
-            rows,
-            inverse_ptr,
-            all_ptr,
-            width,
-            scaled_ptr,
-            ranks,
-            SCALED,
-            BLOCK_R,
-        )
-    else:
-        column = ranks + tl.arange(0, FILLED)[None, :]
+        total = _sum_of_strips(p0_ptr, strips_0, rank_0, rows, row, column)
+        filled = ranks + tl.arange(0, FILLED)[None, :]
         zeros = tl.full([BLOCK_ROWS, FILLED], 0.0, all_ptr.dtype.element_ty)
-        tl.store(all_ptr + row * width + column, zeros, mask=(row < rows) & (column < width))
-
-
-@triton.jit
-def _summed(
-    p_ptr,
-    strips,
-    rank,
-    left,
-    row,
-    rows,
-    inverse_ptr,
-    all_ptr,
-    width,
-    scaled_ptr,
-    ranks,
-    SCALED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """The sum of one adapter, in the columns from left on."""
-    column = tl.arange(0, BLOCK_R)[None, :]
+        tl.store(all_ptr + row * width + filled, zeros, mask=(row < rows) & (filled < width))
+    elif number == 1:
+        total = _sum_of_strips(p1_ptr, strips_1, rank_1, rows, row, column)
+    else:
+        total = _sum_of_strips(p2_ptr, strips_2, rank_2, rows, row, column)
+    rank = tl.where(number == 0, rank_0, tl.where(number == 1, rank_1, rank_2))
+    left = tl.where(number == 0, 0, tl.where(number == 1, rank_0, rank_0 + rank_1))
     inside = (row < rows) & (column < rank)
-    place = row * rank + column
-    total = tl.full(place.shape, 0.0, tl.float32)
-    for _strip in range(strips):
-        total += tl.load(p_ptr + place, mask=inside, other=0).to(tl.float32)
-        place += rows * rank
     total = total.to(all_ptr.dtype.element_ty)
     tl.store(all_ptr + row * width + left + column, total, mask=inside)
     if SCALED:
         inverse = tl.load(inverse_ptr + row, mask=row < rows, other=0)
         scaled = (total.to(tl.float32) * inverse).to(scaled_ptr.dtype.element_ty)
         tl.store(scaled_ptr + row * ranks + left + column, scaled, mask=inside)
+
+
+@triton.jit
+def _sum_of_strips(p_ptr, strips, rank, rows, row, column):
+    """Of p [strips, rows, rank], at these rows and columns; float32, 0 beyond its edges."""
+    inside = (row < rows) & (column < rank)
+    place = row * rank + column
+    total = tl.full(place.shape, 0.0, tl.float32)
+    for _strip in range(strips):
+        total += tl.load(p_ptr + place, mask=inside, other=0).to(tl.float32)
+        place += rows * rank
+    return total
 
 
 @triton.jit

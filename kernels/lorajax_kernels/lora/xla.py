@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lorajax_kernels.lora.operands import Adapter
 from lorajax_kernels.precision import einsum, product
 
 
@@ -12,18 +13,8 @@ def scaled(b: Float[Array, "out R"], scale: float, dtype: jnp.dtype) -> Float[Ar
 
 
 def xla_hidden_and_b(
-    dy: Float[Array, "rows out"],
-    u: Float[Array, "rows all"],
-    b: Float[Array, "out R"],
-    *,
-    columns: slice,
-    scale: float,
-    within: tuple[Float[Array, " N"], int] | None = None,
+    dy: Float[Array, "rows out"], u: Float[Array, "rows all"], adapter: Adapter, *, columns: slice
 ) -> tuple[Float[Array, "1 rows R"], Float[Array, "out R"]]:
-    """dy (scale b) in dy's dtype, and dy^T u in float32, of the R columns of u that belong to b.
-
-    Args:
-        within: of no use here.
-    """
-    u = u[:, columns]
-    return product("ro,ok->rk", dy, scaled(b, scale, dy.dtype))[None], einsum("ro,rk->ok", dy, u)
+    """dy (scale b) in dy's dtype, and dy^T u in float32, of the R columns of u that are the adapter's."""
+    b = scaled(adapter.b, adapter.scale, dy.dtype)
+    return product("ro,ok->rk", dy, b)[None], einsum("ro,rk->ok", dy, u[:, columns])
