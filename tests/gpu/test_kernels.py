@@ -5,6 +5,7 @@ NF4 is compared with bitsandbytes, bit for bit, and tensors of more than 2^31 el
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -443,26 +444,30 @@ def test_nf4_of_more_than_2_to_the_31_elements(implementation):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "arrangement", "dtype", "quantised", "normed", "dropout"),
+    ("implementation", "arrangement", "dtype", "quantised", "normed", "dropout", "in_vector"),
     (
         *(
             (implementation, "auto", *case)
             for implementation in lora_implementations()
             for case in (
-                ("bfloat16", False, False, 0.0),
-                ("bfloat16", True, False, 0.1),
-                ("float16", False, True, 0.0),
+                ("bfloat16", False, False, 0.0, False),
+                ("bfloat16", True, False, 0.1, False),
+                ("float16", False, True, 0.0, False),
+                ("bfloat16", False, True, 0.0, True),
+                ("float16", True, False, 0.1, True),
             )
         ),
         *(
             ("auto", arrangement, *case)
             for arrangement in ARRANGEMENTS
             if arrangement != "auto"
-            for case in (("bfloat16", True, False, 0.0), ("bfloat16", False, True, 0.1))
+            for case in (("bfloat16", True, False, 0.0, True), ("bfloat16", False, True, 0.1, False))
         ),
     ),
 )
-def test_layers_with_adapters(implementation, arrangement, dtype, quantised, normed, dropout, figure):
+def test_layers_with_adapters(
+    implementation, arrangement, dtype, quantised, normed, dropout, in_vector, figure
+):
     """Gate and up of Llama-3.2-1B on 4096 tokens; of two ranks, so that no mix-up goes unseen."""
     serving_lora(implementation)
     rows, features, out, ranks = 4096, 2048, 8192, (32, 64)
@@ -483,7 +488,7 @@ def test_layers_with_adapters(implementation, arrangement, dtype, quantised, nor
                 a, b, other_a, other_b = trained
                 key = jax.random.key(0)
                 adapters = [Adapter(a, b, 0.5), Adapter(other_a, other_b, 0.25, dropout, key)]
-                return function(x, weights, adapters)
+                return function(x, weights, parts_of_a_vector(adapters) if in_vector else adapters)
 
             ys, vjp = jax.vjp(forward, x, trained)
             return jax.tree.leaves((ys, vjp(dys)))
@@ -498,7 +503,7 @@ def test_layers_with_adapters(implementation, arrangement, dtype, quantised, nor
     found = run(functools.partial(lora_linears, **options), x, (dy, other))
     expected = run(plain, x.astype(jnp.float32), tuple(y.astype(jnp.float32) for y in (dy, other)))
     errors = [relative(a, b) for a, b in zip(found, expected, strict=True)]
-    traits = {"NF4": quantised, "after a norm": normed, "dropout": dropout > 0}
+    traits = {"NF4": quantised, "after a norm": normed, "dropout": dropout > 0, "in a vector": in_vector}
     case = ", ".join(
         [f"{implementation} {arrangement}", dtype, *(name for name, there in traits.items() if there)]
     )
@@ -507,6 +512,17 @@ def test_layers_with_adapters(implementation, arrangement, dtype, quantised, nor
         " ".join(f"{error:.1e}" for error in errors),
     )
     assert max(errors) <= 1e-2
+
+
+def parts_of_a_vector(adapters: list[Adapter]) -> list[Adapter]:
+    """The same, that kernels are to read of a vector, as in training."""
+    parts = [adapter.a for adapter in adapters] + [adapter.b for adapter in adapters]
+    vector = jax.lax.stop_gradient(jnp.concatenate([part.ravel() for part in parts]))
+    starts = list(itertools.accumulate((part.size for part in parts), initial=0))
+    return [
+        dataclasses.replace(adapter, vector=vector, a_start=a_start, b_start=b_start)
+        for adapter, a_start, b_start in zip(adapters, starts, starts[len(adapters) :], strict=False)
+    ]
 
 
 def shaped(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
