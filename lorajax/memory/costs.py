@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lorajax.memory.policy import ACTIVATIONS, LayerPolicy
 from lorajax.models.decoder import Decoder, DecoderOptions
@@ -71,10 +72,11 @@ FORWARD_KERNELS, BACKWARD_KERNELS, RECOMPUTED_KERNELS = 40, 47, 42
 # xla_gpu_dot_merger_threshold_mb
 _JOINED_BELOW = 32 * 2**20
 
-# Activations that are kept or recomputed together; Costs.recomputed says what each group takes.
+# Activations that are kept or recomputed together, in the order in which a layer makes them; Costs.recomputed
+# says what each group takes.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "attention": ("attention_output", "attention_lse"),
     "qkv": ("query", "key", "value"),
+    "attention": ("attention_output", "attention_lse"),
     "block_middle": ("block_middle",),
     "gate": ("gate",),
     "up": ("up",),
@@ -151,6 +153,23 @@ class Workload:
         return sizes
 
 
+class LayerCosts(NamedTuple):
+    """What a layer's policy costs.
+
+    Attributes:
+        saved, offloaded: bytes that the layer keeps on the GPU and in host memory.
+        backward: seconds of its backward pass.
+        copies: seconds of its copies, one way.
+        late: seconds that it ends later in either pass where the copies may take no longer than itself.
+    """
+
+    saved: int
+    offloaded: int
+    backward: float
+    copies: float
+    late: float
+
+
 @dataclass(frozen=True)
 class Costs:
     """Seconds of a workload's parts on a machine."""
@@ -206,21 +225,45 @@ class Costs:
         }
 
     @functools.cached_property
-    def of_layer(self) -> Callable[[LayerPolicy], tuple[int, int, float]]:
-        """policy -> bytes that a layer keeps on the GPU and in host memory, seconds of its backward pass."""
+    def made_after(self) -> dict[str, float]:
+        """Seconds from the start of a layer's forward pass until an activation is there."""
+        made, seconds = {"block_input": 0.0}, 0.0
+        for group, names in GROUPS.items():
+            seconds += self.recomputed[group]
+            made |= dict.fromkeys(names, min(seconds, self.layer_forward))
+        return made
+
+    @functools.cached_property
+    def of_layer(self) -> Callable[[LayerPolicy], LayerCosts]:
+        """policy -> what it costs, beside layer_forward, which all have."""
         sizes, again = self.work.activation_bytes, self.recomputed
         all_again = sum(again.values())
         work = self.products + ATTENTION_BACKWARD * self.attention + self._passes(BACKWARD_PASSES)
 
         @functools.cache
-        def of_layer(policy: LayerPolicy) -> tuple[int, int, float]:
+        def of_layer(policy: LayerPolicy) -> LayerCosts:
             kept = policy.saved | policy.offloaded
             missing = sum(again[group] for group, members in GROUPS.items() if not kept.issuperset(members))
-            here, away = (sum(map(sizes.__getitem__, names)) for names in (policy.saved, policy.offloaded))
+            saved, offloaded = (
+                sum(map(sizes.__getitem__, names)) for names in (policy.saved, policy.offloaded)
+            )
             kernels = BACKWARD_KERNELS + RECOMPUTED_KERNELS * missing / all_again
-            return here, away, math.hypot(work + missing, KERNEL * kernels)
+            backward = math.hypot(work + missing, KERNEL * kernels)
+            copies = self.copied(offloaded)
+            late = max(0.0, self._until_copied(policy) - self.layer_forward) + max(0.0, copies - backward)
+            return LayerCosts(saved, offloaded, backward, copies, late)
 
         return of_layer
+
+    def _until_copied(self, policy: LayerPolicy) -> float:
+        """Seconds from the start of a layer's forward pass until what it offloads is in host memory.
+
+        It goes one after the other, as it is made: what is made late has little of the layer to hide behind.
+        """
+        end = 0.0
+        for name in sorted(policy.offloaded, key=self.made_after.__getitem__):
+            end = max(end, self.made_after[name]) + self.copied(self.work.activation_bytes[name])
+        return end
 
     @functools.cached_property
     def micro_batch(self) -> float:

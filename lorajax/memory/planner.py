@@ -197,8 +197,9 @@ def _offloading(kept: Sequence[frozenset[str]], counts: Sequence[int], costs: Co
     """With the same activations kept: none offloaded, then more and more of them.
 
     Once with the layers' gradients, where all inputs are offloaded: whoever needs that needs the memory.
+    Where a layer would end late for its copies, they may also go on beside the next, which takes more memory.
     """
-    layers, sizes = len(kept), costs.work.activation_bytes
+    layers = len(kept)
     yield Policy(tuple(map(_kept, kept)))
     everywhere: list[str] = []
     for name in OFFLOADED:
@@ -209,11 +210,12 @@ def _offloading(kept: Sequence[frozenset[str]], counts: Sequence[int], costs: Co
                 _kept(names, (*everywhere, name) if _spread(layer, count, layers) else (*everywhere,))
                 for layer, names in enumerate(kept)
             ]
-            most = max(sum(sizes[one] for one in layer.offloaded) for layer in set(away))
-            policy = Policy(tuple(away), copy_span=1 if costs.copied(most) <= costs.layer_forward else 2)
-            yield policy
-            if name == "block_input" and count == layers:
-                yield policy.with_gradients(away=True)
+            late = any(costs.of_layer(layer).late for layer in set(away))
+            for copy_span in (1, 2) if late else (1,):
+                policy = Policy(tuple(away), copy_span)
+                yield policy
+                if name == "block_input" and count == layers:
+                    yield policy.with_gradients(away=True)
         everywhere.append(name)
 
 
@@ -231,26 +233,16 @@ def _spread(layer: int, count: int, layers: int) -> bool:
 def _estimate(problem: Problem, costs: Costs, layout: Layout) -> Estimate:
     work, micro_batches, policy = costs.work, problem.rows // layout.rows, layout.checkpointing
     assert isinstance(policy, Policy)
-    step = 0.0
-    saved: list[int] = []
-    travelling: list[int] = []
-    behind_forward = behind_backward = copies = 0.0
     *others, last = policy.layers
-    for layer in (*others, LayerPolicy(last.saved | last.offloaded)):
-        kept, gone, backward = costs.of_layer(layer)
-        saved.append(kept)
-        travelling.append(gone)
-        forward = costs.layer_forward
-        step += forward + backward
-        copy = costs.copied(travelling[-1])
-        copies += copy
-        if policy.copy_span == 1:
-            behind_forward += max(0.0, copy - forward)
-            behind_backward += max(0.0, copy - backward)
-        else:
-            behind_forward += copy - forward
-            behind_backward += copy - backward
-    step += max(0.0, behind_forward) + max(0.0, behind_backward) + COPY_COST * copies
+    layers = [costs.of_layer(layer) for layer in (*others, LayerPolicy(last.saved | last.offloaded))]
+    saved, travelling = [layer.saved for layer in layers], [layer.offloaded for layer in layers]
+    forward, backward = len(layers) * costs.layer_forward, sum(layer.backward for layer in layers)
+    copies = sum(layer.copies for layer in layers)
+    if policy.copy_span == 1:
+        late = sum(layer.late for layer in layers)
+    else:
+        late = max(0.0, copies - forward) + max(0.0, copies - backward)
+    step = forward + backward + late + COPY_COST * copies
     step += (layout.mlp_chunks - 1) * costs.mlp_weights * len(policy.layers)
     waiting = 4 * work.trainable * sum(layer.gradient_away for layer in policy.layers) / len(policy.layers)
     # They come back behind the first layer, as far as there is room for them.

@@ -19,7 +19,7 @@ from lorajax.errors import UserError
 from lorajax.lora.adapter import outline_lora
 from lorajax.lora.config import LoRAConfig
 from lorajax.memory.analysis import Memory
-from lorajax.memory.costs import workload
+from lorajax.memory.costs import Rates, workload
 from lorajax.memory.plan import Plan, accepted, choose_again, describe, front, settle, thinned
 from lorajax.memory.planner import LEAST_CHUNK, estimate, estimates, micro_batch_counts, unbeaten
 from lorajax.memory.policy import ACTIVATIONS, LayerPolicy, Layout, Policy
@@ -95,6 +95,28 @@ def test_offloading_more_than_the_link_moves_costs_the_time_of_the_copies(proble
     found = estimate(problem("1b", rows=8, length=2048), Layout(8, kept))
     assert found.seconds * 1e3 == pytest.approx(523, rel=0.1)
     assert found.host == pytest.approx(11.8 * GIB, rel=0.03)
+
+
+LATE = {name: "save" for name in ACTIVATIONS if name != "up"} | {"block_input": "offload", "gate": "offload"}
+
+
+@pytest.mark.parametrize(("copy_span", "measured"), ((1, 1239), (2, 1097.6)))
+def test_what_is_made_late_in_a_layer_has_little_of_it_to_hide_behind(copy_span, measured, problem):
+    """4 x 1 rows of 8B, on two H200s; a gate is made 1.4 ms before a layer ends, and copied in 2.4."""
+    policy = Policy((LayerPolicy.of(LATE),) * 32, copy_span)
+    found = estimate(problem("8b", rows=4, length=4096), Layout(1, policy))
+    assert found.seconds * 1e3 == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("flops", (690e12, 710e12, 730e12))
+@pytest.mark.parametrize("link", (50e9, 55e9, 60e9))
+def test_copies_of_gates_may_take_two_layers_on_any_machine(flops, link, problem):
+    """Where there is memory for that: no rate decides that they should be as good in one."""
+    rates = Rates(flops=flops, memory=4.2e12, link=link)
+    found = estimates(problem("8b", rows=4, length=4096, rates=rates))
+    chosen = next(each for each in found if each.device.total <= 19.58 * GIB)
+    policy = chosen.layout.checkpointing
+    assert policy.copy_span == 2 and any("gate" in layer.offloaded for layer in policy.layers)
 
 
 def test_gradients_on_the_host_are_counted_there(problem):
