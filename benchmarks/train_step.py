@@ -2,14 +2,14 @@
 
     python benchmarks/train_step.py 1b,8,2048,none,xla 1b,8,2048,none,cudnn --out result.json
 
-Each argument is MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION; MODEL is 1b or 8b (Llama 3.2 1B and Llama 3.1 8B
-with a tied head) or tiny; 8b:8 has 8 layers only. BATCH is a number of rows, or 4x2: four micro-batches of
-two rows. CHECKPOINTING is a preset, what is planned within a budget (auto@5.06GiB), or what is done with
-activations, the rest being recomputed: gate=save+block_input=offload. LoRA of rank 32 on all projections,
-bfloat16 (float32 on a CPU), AdamW, random tokens, every one a target; --segments puts that many equal
-documents on a row. The program is that of lorajax.train. Each case runs in a process of its own, so that its
-peak memory is its own. Steps are queued as in a run, STEPS at a time, or fewer where they would take longer
-than ROUND_SECONDS; the median is of ROUNDS such runs.
+Each argument is MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION, or that and a dropout of adapters; MODEL is 1b
+or 8b (Llama 3.2 1B and Llama 3.1 8B with a tied head) or tiny; 8b:8 has 8 layers only. BATCH is a number of
+rows, or 4x2: four micro-batches of two rows. CHECKPOINTING is a preset, what is planned within a budget
+(auto@5.06GiB), or what is done with activations, the rest being recomputed: gate=save+block_input=offload.
+LoRA of rank 32 on all projections, bfloat16 (float32 on a CPU), AdamW, random tokens, every one a target;
+--segments puts that many equal documents on a row. The program is that of lorajax.train. Each case runs in a
+process of its own, so that its peak memory is its own. Steps are queued as in a run, STEPS at a time, or
+fewer where they would take longer than ROUND_SECONDS; the median is of ROUNDS such runs.
 
     python benchmarks/train_step.py CASE CASE ... --jobs 8 --cache FOLDER --out result.json
 
@@ -113,7 +113,7 @@ def hf_config(name: str) -> dict[str, Any]:
 
 
 class Case(NamedTuple):
-    """MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION; budget: what follows an @ in CHECKPOINTING."""
+    """MODEL,BATCH,LENGTH,CHECKPOINTING,ATTENTION[,DROPOUT]; budget: what follows an @ in CHECKPOINTING."""
 
     model: str
     micro_batches: int
@@ -122,16 +122,24 @@ class Case(NamedTuple):
     checkpointing: str
     budget: str | None
     attention: str
+    dropout: float = 0.0
 
     @classmethod
     def of(cls, text: str) -> Case:
-        model, batch, length, checkpointing, attention = text.split(",")
+        model, batch, length, checkpointing, attention, *dropout = text.split(",")
         micro_batches, rows = batch.split("x") if "x" in batch else ("1", batch)
         checkpointing, _, budget = checkpointing.partition("@")
         if "=" in checkpointing:
             checkpointing = json.dumps(dict(pair.split("=") for pair in checkpointing.split("+")))
         return cls(
-            model, int(micro_batches), int(rows), int(length), checkpointing, budget or None, attention
+            model,
+            int(micro_batches),
+            int(rows),
+            int(length),
+            checkpointing,
+            budget or None,
+            attention,
+            *map(float, dropout),
         )
 
 
@@ -279,6 +287,7 @@ def config_of(case: Case, segments: int, folder: str, **settings: Any) -> Config
         "train.per_device_train_batch_size": case.rows,
         "train.gradient_accumulation_steps": case.micro_batches,
         "memory.checkpointing": case.checkpointing,
+        "lora.dropout": case.dropout,
         "output.output_dir": "unused",
     } | ({"memory.budget": case.budget} if case.budget else {})
     given |= {name.replace("__", "."): value for name, value in settings.items()}

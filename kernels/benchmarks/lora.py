@@ -35,6 +35,7 @@ from lorajax_kernels.lora import (
     lora_linears,
     swiglu_lora_linear,
 )
+from lorajax_kernels.lora.dropout import drop
 from lorajax_kernels.lora.products import sum_of_products
 from lorajax_kernels.precision import product
 from results import Ceilings, Row, Work, measure_case, measure_cases, reason, run_alone, temporary_memory
@@ -53,10 +54,12 @@ class Case:
     features: int
     outputs: tuple[int, ...]
     rank: int = 32
+    dropout: float = 0.0
 
     def __str__(self) -> str:
         outputs = " + ".join(map(str, self.outputs))
-        return f"{self.name}: {self.rows} x {self.features} x ({outputs}), R {self.rank}"
+        dropout = f", dropout {self.dropout:g}" if self.dropout else ""
+        return f"{self.name}: {self.rows} x {self.features} x ({outputs}), R {self.rank}{dropout}"
 
     @property
     def flops(self) -> float:
@@ -81,8 +84,10 @@ class Case:
                 normal(self.rank, self.features, dtype="float32"),
                 normal(out, self.rank, dtype="float32"),
                 SCALE,
+                self.dropout,
+                jax.random.key(number) if self.dropout else None,
             )
-            for out in self.outputs
+            for number, out in enumerate(self.outputs)
         ]
         return x, weights, adapters, tuple(normal(self.rows, out) for out in self.outputs)
 
@@ -93,8 +98,9 @@ Arguments = tuple[jax.Array, list[jax.Array], list[Adapter], tuple[jax.Array, ..
 CASES = (
     Case("gate, up", 16384, 2048, (8192, 8192)),
     Case("q, k, v", 16384, 2048, (2048, 512, 512)),
+    Case("gate, up", 16384, 2048, (8192, 8192), dropout=0.1),
 )
-TINY = (Case("tiny", 64, 48, (96, 32), rank=4),)
+TINY = (Case("tiny", 64, 48, (96, 32), rank=4), Case("tiny", 64, 48, (96, 32), rank=4, dropout=0.1))
 # Gate and up of an MLP; a third layer goes back to the features.
 MLP, MLP_TINY = Case("mlp", 16384, 2048, (8192, 8192)), Case("mlp", 64, 48, (96, 96), rank=4)
 
@@ -126,7 +132,7 @@ def autodiff(x: Any, weights: Any, adapters: Any, dys: Any) -> Any:
 
 def as_written(x: Any, weight: Any, adapter: Adapter) -> Any:
     """One layer with its adapter, as the formula says."""
-    u = product("ri,ki->rk", x, adapter.a.astype(x.dtype))
+    u = product("ri,ki->rk", drop(x, adapter), adapter.a.astype(x.dtype))
     v = product("rk,ok->ro", u, adapter.b.astype(x.dtype))
     return product("ri,oi->ro", x, weight) + adapter.scale * v
 
@@ -245,6 +251,8 @@ def _compiled(function: Callable[..., Any], arguments: Arguments, options: dict[
 def _check(name: str, found: Any, expected: Any) -> None:
     """What is timed is right: two ways to compute the same have the same results."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if a.dtype == jax.dtypes.float0:
+            continue  # of a dropout's key
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
         error = float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
         if not error < 2e-2:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from lorajax_kernels import (
     Adapter,
     attention,
@@ -263,10 +263,10 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         rotation: Rotation,
         attend: Attend,
-        dropout_key: PRNGKeyArray | None = None,
+        dropout_keys: Key[Array, "mlp_chunks P"] | None = None,
         mlp_chunks: int = 1,
     ) -> Float[Array, "B T D"]:
-        adapters = BlockAdapters.of(self, dropout_key)
+        adapters = BlockAdapters.of(self, dropout_keys)
         x = x + self.attention(x, self.attention_norm, rotation, attend, adapters)
         x = checkpoint_name(x, "block_middle")
         return x + self.mlp(x, self.mlp_norm, adapters, mlp_chunks)
@@ -332,34 +332,36 @@ def adapters_joined(shapes: AdapterShapes, pairs: Sequence[Any], numpy: Any) -> 
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("key", "apart", "vector"), meta_fields=("shapes",)
+    jax.tree_util.register_dataclass, data_fields=("keys", "apart", "vector"), meta_fields=("shapes", "part")
 )
 @dataclass(frozen=True)
 class BlockAdapters:
     """The adapters of a block's projections, each with a dropout key of its own.
 
     Attributes:
-        key: of the block's dropout; None: without.
+        keys: of the dropout, for each part of the tokens and each projection; None: without.
         vector: of a block that holds its adapters in one, a constant; otherwise None.
         apart: A and B of each projection in it.
         shapes: of these.
+        part: of the tokens.
     """
 
-    key: PRNGKeyArray | None
+    keys: Key[Array, "parts P"] | None
     vector: Float[Array, " N"] | None = None
     apart: tuple[tuple[Array, Array] | None, ...] = ()
     shapes: AdapterShapes = ()
+    part: int = 0
 
     @classmethod
-    def of(cls, block: Block, key: PRNGKeyArray | None) -> "BlockAdapters":
+    def of(cls, block: Block, keys: Key[Array, "parts P"] | None) -> "BlockAdapters":
         if block.adapters is None:
-            return cls(key)
+            return cls(keys)
         vector, shapes = block.adapters[...], block.adapter_shapes
-        return cls(key, jax.lax.stop_gradient(vector), adapters_apart(shapes, vector), shapes)
+        return cls(keys, jax.lax.stop_gradient(vector), adapters_apart(shapes, vector), shapes)
 
     def __call__(self, number: int, linear: Linear) -> Adapter | None:
         """Of the projection of this number."""
-        key = None if self.key is None else jax.random.fold_in(self.key, number)
+        key = None if self.keys is None else self.keys[self.part, number]
         scale, dropout = linear.lora_scale, linear.lora_dropout
         if self.vector is None:
             a, b = linear.lora_a, linear.lora_b
@@ -376,9 +378,8 @@ class BlockAdapters:
         return replace(self, apart=self.apart and (*(None,) * first, *self.apart[first:]))
 
     def of_part(self, number: int) -> "BlockAdapters":
-        """With other keys for each part of the tokens."""
-        key = None if self.key is None else jax.random.fold_in(self.key, len(PROJECTIONS) + number)
-        return replace(self, key=key)
+        """With the keys of a part of the tokens."""
+        return replace(self, part=number)
 
 
 class Decoder(nnx.Module):
@@ -504,9 +505,13 @@ class Decoder(nnx.Module):
             attend: called once by each layer, in their order.
         """
 
+        keys = None
+        if dropout_key is not None:
+            # All at once: to make one in each layer would take longer to compile than the layer.
+            keys = jax.random.split(dropout_key, (len(self.layers), mlp_chunks, len(PROJECTIONS)))
+
         def layer(block: Block, index: int, x: Array) -> Array:
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            return block(x, rotation, attend, key, mlp_chunks)
+            return block(x, rotation, attend, None if keys is None else keys[index], mlp_chunks)
 
         x = self.embed(tokens, self.dtype)
         return self.norm(run_layers(layer, self.layers, x, checkpointing=checkpointing))

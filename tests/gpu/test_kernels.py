@@ -529,8 +529,9 @@ def shaped(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def adapter_of(features: int, out: int, rank: int) -> Adapter:
-    return Adapter(shaped(rank, features, dtype=jnp.float32), shaped(out, rank, dtype=jnp.float32), 0.5)
+def adapter_of(features: int, out: int, rank: int, dropout: float = 0.0) -> Adapter:
+    a, b = shaped(rank, features, dtype=jnp.float32), shaped(out, rank, dtype=jnp.float32)
+    return Adapter(a, b, 0.5, dropout, jax.eval_shape(lambda: jax.random.key(0)) if dropout else None)
 
 
 def check_temporaries(case: str, compiled, most: float, figure) -> None:
@@ -539,9 +540,14 @@ def check_temporaries(case: str, compiled, most: float, figure) -> None:
     assert temporary <= most
 
 
-@pytest.mark.parametrize("quantised", (False, True))
-@pytest.mark.parametrize("implementation", lora_implementations())
-def test_layers_with_adapters_hold_little(implementation, quantised, figure):
+@pytest.mark.parametrize(
+    ("implementation", "quantised", "dropout"),
+    (
+        *itertools.product(lora_implementations(), (False, True), (0.0,)),
+        *((name, False, 0.1) for name in lora_implementations() if name != "xla"),
+    ),
+)
+def test_layers_with_adapters_hold_little(implementation, quantised, dropout, figure):
     """Gate and up of Llama-3.2-1B on 16384 tokens; their results and gradients take 600 MB."""
     serving_lora(implementation)
     rows, features, out, rank = 16384, 2048, 8192, 32
@@ -555,12 +561,13 @@ def test_layers_with_adapters_hold_little(implementation, quantised, figure):
         ys, vjp = jax.vjp(lambda x, adapters: layers(x, adapters, weights), x, adapters)
         return ys, vjp(dys)
 
-    compiled = jax.jit(both).lower(x, [adapter_of(features, out, rank)] * 2, weights, (dy, dy)).compile()
+    adapters = [adapter_of(features, out, rank, dropout)] * 2
+    compiled = jax.jit(both).lower(x, adapters, weights, (dy, dy)).compile()
     # Of the size of x: dx without the last of its three products, twice, while they are added, or [x, x A^T]
     # with a weight's [W, S]. Mosaic has neither; one is for cuBLAS. And both dense weights.
     copies = 1 if implementation == "mosaic" else 3
     most = 2 * rows * features * copies + quantised * 2 * 2 * out * features
-    name = f"lora_linears, {implementation}{', NF4' if quantised else ''}"
+    name = f"lora_linears, {implementation}{', NF4' * quantised}{', dropout' * (dropout > 0)}"
     check_temporaries(name, compiled, most, figure)
 
 

@@ -14,12 +14,14 @@ from lorajax_kernels.lora import (
     ARRANGEMENTS,
     Adapter,
     choose_lora,
+    dropout,
     gradient,
     lora_implementations,
     lora_linear,
     lora_linears,
     reference_lora_linears,
     swiglu_lora_linear,
+    triton_dropout,
 )
 from lorajax_kernels.lora import triton as host
 from lorajax_kernels.lora.products import should_join
@@ -238,6 +240,52 @@ def test_dropout_is_the_formula_with_each_layers_own_mask():
     assert_close(found, outputs_and_gradients(formula, *arguments), 1e-5)
 
 
+@pytest.mark.parametrize("rate", (0.05, 0.5))
+def test_masks_are_as_good_as_random(rate):
+    """Shares of what is kept, and of what two masks keep both, are those of independent draws."""
+    shape = 256, 384
+
+    def mask(key):
+        return np.asarray(dropout.kept(dropout.seed_of(adapter_of(key, rate)), shape))
+
+    keys = [*map(jax.random.key, range(8)), *jax.random.split(jax.random.key(0), 8)]
+    keys.append(jax.random.key(8, impl="rbg"))
+    masks = [mask(key) for key in keys]
+    np.testing.assert_array_equal(mask(keys[3]), masks[3])
+    shifted = [np.roll(masks[0], shift, axis) for shift in (1, 2, 4, 64) for axis in (0, 1)]
+    for first, others in ((masks[0], [*masks[1:], *shifted]), (masks[9], masks[10:])):
+        for other in others:
+            both, deviation = (1 - rate) ** 2, (rate * (1 - rate) / np.sqrt(first.size))
+            covariance = np.mean(first & other) - first.mean() * other.mean()
+            assert abs(covariance) < 5 * deviation
+            assert np.mean(first & other) == pytest.approx(both, abs=0.02)
+    for each in masks:
+        of_rows, of_columns = (each.mean(axis) - (1 - rate) for axis in (1, 0))
+        for found, count in ((each.mean() - (1 - rate), each.size), (of_rows, 384), (of_columns, 256)):
+            assert np.all(np.abs(found) < 5.5 * np.sqrt(rate * (1 - rate) / count))
+        for axis in (0, 1):  # and no more uneven than that
+            sizes = each.mean(1 - axis).var() * shape[1 - axis] / (rate * (1 - rate))
+            assert sizes == pytest.approx(1, abs=0.5)
+
+
+def adapter_of(key, rate):
+    return Adapter(jnp.zeros((1, 1)), jnp.zeros((1, 1)), 1.0, rate, key)
+
+
+def test_a_mask_is_few_operations():
+    """JAX' own random numbers are hundreds for a GPU, and through XLA a layer has some twenty masks."""
+
+    def mask(key):
+        return dropout.kept(dropout.seed_of(adapter_of(key, 0.1)), (64, 64))
+
+    text = jax.jit(mask).lower(jax.random.key(0)).as_text()
+    assert sum(" = stablehlo." in line for line in text.splitlines()) < 60
+
+
+def test_all_is_kept_without_a_key():
+    assert np.all(dropout.kept(dropout.seed_of(adapter_of(None, 0.5)), (64, 64)))
+
+
 def test_dropout_keeps_the_mean_and_is_off_without_a_key():
     mask = kept(KEYS[0], 0.25, (2000, 8))
     assert mask.mean() == pytest.approx(0.75, abs=0.02)
@@ -387,10 +435,10 @@ def test_weights_and_masks_are_made_again_not_kept(source, monkeypatch):
     x, (weights, adapters, _) = normal(48, IN), layers(dropout=0.5 * (source == "dropout"))
     weights = [*weights[:2], quantize(weights[2])] if source == "nf4" else weights
 
-    def bernoulli(key, _, shape):
-        return jnp.tanh(1.0 * jax.random.key_data(key)[1] * jnp.arange(48 * IN).reshape(shape)) > 0.1
+    def kept(seed, shape):
+        return jnp.tanh(1.0 * seed[1] * jnp.arange(48 * IN).reshape(shape)) > 0.1
 
-    monkeypatch.setattr(jax.random, "bernoulli", bernoulli)  # the real one is many operations in a loop
+    monkeypatch.setattr(dropout, "kept", kept)  # the real one has no operation of its own
     operation = " gather(" if source == "nf4" else " tanh("
 
     def number(function):
@@ -605,11 +653,43 @@ def parts_of_a_vector(adapters):
     ]
 
 
-@pytest.mark.parametrize("normed", (False, True))
-@pytest.mark.parametrize("in_vector", (False, True))
+# Of three adapters with dropout two drop, at different rates.
+@pytest.mark.parametrize("ranks", ((5,), (16, 3), (4, 8, 2)))
+@pytest.mark.parametrize("rows, width, programs", ((1, 16, 1), (40, 50, 4), (33, 33, 100)))
+def test_triton_dropout_is_the_formula(run_on_cpu, rows, width, programs, ranks):
+    run_on_cpu(triton_dropout.__name__, "lorajax_kernels.lora.triton_dropout_kernels")
+    tiling = triton_dropout.DropoutTiling(rows=16, columns=32, programs=programs, num_warps=4, num_stages=2)
+    keys = jax.random.split(jax.random.key(1), 3)
+    adapters = [
+        Adapter(normal(rank, width, seed=rank), normal(4, rank), 0.5, rate, key)
+        for rank, rate, key in zip(ranks, (0.3, 0.5, 0.0), keys, strict=False)
+    ]
+    all_ranks = sum(ranks)
+    x, dx = normal(rows, width), normal(rows, width, seed=1)
+    u_width = all_ranks + 5
+    a = jnp.pad(jnp.concatenate([adapter.a for adapter in adapters]), ((0, 5), (0, 0)))
+    du = normal(rows, u_width, seed=2)
+    for (name, *given), more in (
+        (("hidden", x, a), (u_width,)),
+        (("gradients", x, du), ()),
+        (("gradients", x, du[:, :all_ranks]), ()),
+        (("added", dx, du, a), ()),
+    ):
+        found = getattr(triton_dropout.TRITON_DROPPED, name)(*given, adapters, *more, tiling=tiling)
+        expected = getattr(dropout.XLA_DROPPED, name)(*given, adapters, *more)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4)
+        jax.tree.map(close, found, expected)
+
+
+@pytest.mark.parametrize(
+    "normed, in_vector, dropout", ((False, False, 0), (True, True, 0), (False, True, 0.4), (True, False, 0.4))
+)
 @pytest.mark.parametrize("arrangement", ("joined", "added"))
-def test_layers_through_triton_equal_the_reference(run_on_cpu, monkeypatch, arrangement, in_vector, normed):
+def test_layers_through_triton_equal_the_reference(
+    run_on_cpu, monkeypatch, arrangement, normed, in_vector, dropout
+):
     run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
+    run_on_cpu(triton_dropout.__name__, "lorajax_kernels.lora.triton_dropout_kernels")
     monkeypatch.setattr(gradient, "MIN_OUT", 10)  # the last layer is too narrow
     monkeypatch.setattr(host, "TILING", Tiling(16, 16, 3, 4, 2))
     monkeypatch.setattr(host, "JOIN_TILING", JoinTiling(16, 16, 4, 2))
@@ -617,7 +697,7 @@ def test_layers_through_triton_equal_the_reference(run_on_cpu, monkeypatch, arra
         "lorajax_kernels.lora._IMPLEMENTATIONS",
         (Implementation("triton", lambda problem, device: None, gradient.TRITON),),
     )
-    weights, adapters, biases = layers()
+    weights, adapters, biases = layers(dropout=dropout)
     if in_vector:
         adapters = parts_of_a_vector(adapters)
     x = normal(40, IN)
@@ -682,6 +762,40 @@ def test_triton_hidden_sums_compiles_without_a_gpu(compile_kernel, scaled, capab
         SUM_WARPS,
         1,
     )
+    assert compiled.metadata.shared <= 163 * 1024
+
+
+# rank_2 is 0 where there are two adapters; Triton compiles that as any number, and 1 as a constant.
+@pytest.mark.parametrize("ones", ((), ("rows", "rank_0")))
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("name", ("dropped_hidden", "dropped_gradients", "dropped_added"))
+@pytest.mark.parametrize("rank", (32, 128))
+def test_triton_dropout_compiles_without_a_gpu(compile_kernel, name, rank, capability, ones):
+    from lorajax_kernels.lora import triton_dropout_kernels
+
+    tiling = triton_dropout.TILING
+    pointers = {
+        "dropped_hidden": ("x_ptr", "a_ptr", "seeds_ptr"),
+        "dropped_gradients": ("x_ptr", "du_ptr", "seeds_ptr"),
+        "dropped_added": ("dx_ptr", "du_ptr", "a_ptr", "seeds_ptr"),
+    }[name]
+    sizes = [size for size in ("rows", "rank_0", "rank_1", "rank_2", "width") if size not in ones]
+    result = {"dropped_hidden": {"u_ptr": "*bf16"}, "dropped_gradients": {"da_ptr": "*fp32"}}.get(name, {})
+    own = {
+        "dropped_hidden": {"FILLED": 32},
+        "dropped_gradients": {"BLOCKS_PER_PROGRAM": 8},
+        "dropped_added": {"ADAPTERS": 3},
+    }[name]
+    compiled = compile_kernel(
+        getattr(triton_dropout_kernels, f"{name}_kernel"),
+        capability,
+        dict.fromkeys(pointers, "*bf16") | {"seeds_ptr": "*u32"} | dict.fromkeys(sizes, "i32") | result,
+        {"IN": 2048, "BLOCK_ROWS": tiling.rows, "BLOCK_IN": tiling.columns, "BLOCK_R": rank, **own}
+        | dict.fromkeys(ones, 1),
+        tiling.num_warps,
+        tiling.num_stages,
+    )
+    assert "mma" in compiled.asm["ptx"]
     assert compiled.metadata.shared <= 163 * 1024
 
 

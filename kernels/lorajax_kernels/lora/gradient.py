@@ -9,8 +9,8 @@ The adapters' A are stacked, and u = x A^T holds the hidden activations of all o
                dA = du^T x                       one product for all layers
                dx = sum_i dy_i W_i + du A
 
-With dropout each adapter sees its own x, and a product for all layers becomes one for each. Masks are made
-again in the backward pass, and so are weights that are dequantised or cast: its residuals are u and the
+With dropout each adapter sees its own x, and what is one product for all layers is dropout.py's. Masks are
+made again in the backward pass, and so are weights that are dequantised or cast: its residuals are u and the
 arguments.
 """
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,8 +28,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lorajax_kernels.elementwise import inverse_rms, rms_norm, swiglu
+from lorajax_kernels.lora.dropout import XLA_DROPPED, Dropped, columns_of
 from lorajax_kernels.lora.mosaic import SLICE, Tiling, mosaic_sum_of_products, tiling_for
-from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
+from lorajax_kernels.lora.operands import Adapter, Weight, dense
 from lorajax_kernels.lora.products import should_join, sum_of_products
 from lorajax_kernels.lora.triton import (
     MIN_OUT,
@@ -42,6 +42,7 @@ from lorajax_kernels.lora.triton import (
     triton_operands,
     triton_swiglu_backward,
 )
+from lorajax_kernels.lora.triton_dropout import TRITON_DROPPED
 from lorajax_kernels.lora.xla import scaled, xla_hidden_and_b
 from lorajax_kernels.nf4 import NF4Weight
 from lorajax_kernels.precision import einsum, product
@@ -71,6 +72,7 @@ class Kernels(NamedTuple):
             makes it, one by one.
         hidden_and_joined: (x, A) -> (x A^T, [x, x A^T]), see triton_hidden_and_joined; None: one by one.
         swiglu_backward: (dh, gate, up) -> (dgate, dup, h), see triton_swiglu_backward; None: one by one.
+        dropped: what adapters with dropout take in place of products of all of them.
         sums: whether sums of products are Mosaic's where it serves, see tiling_for.
     """
 
@@ -79,6 +81,7 @@ class Kernels(NamedTuple):
     operands: Callable[..., tuple[Array, list[Array]]] | None = None
     hidden_and_joined: Callable[[Array, Array], tuple[Array, Array]] | None = None
     swiglu_backward: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None
+    dropped: Dropped = XLA_DROPPED
     sums: bool = False
 
 
@@ -89,6 +92,7 @@ TRITON = Kernels(
     triton_operands,
     triton_hidden_and_joined,
     triton_swiglu_backward,
+    TRITON_DROPPED,
 )
 MOSAIC = TRITON._replace(sums=True)
 
@@ -138,9 +142,9 @@ def _backward(options: Options, residuals, dys: Outputs):
     du, scaled_du, dbs = _gradients_of_b(options, dys, u, adapters, inverse)
     dx = _gradient_of_x(options, x, dys, du, weights, adapters)
     if norm is None:
-        das = _gradients_of_a(x, du, _present(adapters))
+        das = _gradients_of_a(options, x, du, _present(adapters))
     else:
-        das = _gradients_of_a_after_norm(x, norm, inverse, du, scaled_du, _present(adapters))
+        das = _gradients_of_a_after_norm(options, x, norm, inverse, du, scaled_du, _present(adapters))
     dadapters = _gradients_of_adapters(das, dbs, adapters)
     # Now: left alone, XLA makes dA last, and holds x until then.
     dx, dadapters = jax.lax.optimization_barrier((dx, dadapters))
@@ -175,11 +179,11 @@ def _gated_backward(options: Options, residuals, dy: Array):
     dx = _gradient_of_x(options, gate, [dy], du, weights, adapters)
     if options.kernels.swiglu_backward is not None:
         dgate, dup, x = options.kernels.swiglu_backward(dx, gate, up)
-        das = _gradients_of_a(x, du, _present(adapters))
+        das = _gradients_of_a(options, x, du, _present(adapters))
         [dadapter] = _gradients_of_adapters(das, dbs, adapters)
         dadapter, dgate, dup = jax.lax.optimization_barrier((dadapter, dgate, dup))
     else:
-        das = _gradients_of_a(swiglu(gate, up), du, _present(adapters))
+        das = _gradients_of_a(options, swiglu(gate, up), du, _present(adapters))
         [dadapter] = _gradients_of_adapters(das, dbs, adapters)
         # In this order: the product is gone before the gradients of gate and up are there.
         dadapter, gate, up = jax.lax.optimization_barrier((dadapter, gate, up))
@@ -194,7 +198,7 @@ apply_gated.defvjp(_gated_forward, _gated_backward)
 def _hidden_and_outputs(
     options: Options, x: Rows, weights: Weights, adapters: Adapters
 ) -> tuple[Hidden, list[Array]]:
-    present, columns = _present(adapters), _columns(adapters)
+    present, columns = _present(adapters), columns_of(adapters)
     width = _width(options, present)
     windows = [_window(own, width) for own in columns]
     tilings = [
@@ -227,9 +231,8 @@ def _hidden_and_outputs(
     )
     at_once = options.kernels.hidden_and_joined if join else None
     joined = None
-    if any(adapter.drops for adapter in present):
-        parts = [product("ri,ki->rk", drop(x, adapter), _stacked_a(x, [adapter])) for adapter in present]
-        u = _filled_up(jnp.concatenate(parts, axis=1), width, axis=1)
+    if _drop(present):
+        u = _dropped(options, present).hidden(x, a, present, width)
     elif at_once is not None:
         u, joined = at_once(x, a)
     else:
@@ -295,12 +298,12 @@ def sums_of(
     options: Options, rows: int, weights: Weights, adapters: Adapters
 ) -> list[tuple[Size, Tiling | None]]:
     """The sums of products of both passes: (rows, out, ks), and the tiling of those that are Mosaic's."""
-    present, columns = _present(adapters), _columns(adapters)
+    present, columns = _present(adapters), columns_of(adapters)
     width, inner = _width(options, present), weights[0].shape[1]
     windows = [_window(own, width) for own in columns]
     sizes = [size for size in _forward_sizes(rows, weights, adapters, windows) if size is not None]
     back = [weight.shape[0] for weight in weights]
-    if present and not any(adapter.drops for adapter in present):
+    if present and not _drop(present):
         back.append(width)
     if len(back) > 1:
         sizes.append((rows, inner, back))
@@ -331,7 +334,7 @@ def _gradients_of_b(
 ) -> tuple[Hidden, Float[Array, "rows R"] | None, list[Array]]:
     """What flows back into the hidden activations, that times `inverse`, not filled up, and dB of each."""
     parts, dbs, present = [], [], _present(adapters)
-    for dy, adapter, columns in zip(dys, adapters, _columns(adapters), strict=True):
+    for dy, adapter, columns in zip(dys, adapters, columns_of(adapters), strict=True):
         if adapter is not None:
             kernels = XLA if dy.shape[1] < MIN_OUT else options.kernels
             part, db = kernels.hidden_and_b(dy, u, adapter, columns=columns)
@@ -368,21 +371,19 @@ def _gradients_of_adapters(
     return tuple(None if adapter is None else next(gradients) for adapter in adapters)
 
 
-def _gradients_of_a(x: Rows, du: Hidden, present: Sequence[Adapter]) -> Sequence[Array]:
+def _gradients_of_a(options: Options, x: Rows, du: Hidden, present: Sequence[Adapter]) -> Sequence[Array]:
     """dA of each adapter, [R_i, in] float32."""
-    columns = _columns(present)
-    if any(adapter.drops for adapter in present):
-        return [
-            einsum("rk,ri->ki", du[:, own], drop(x, adapter))
-            for own, adapter in zip(columns, present, strict=True)
-        ]
     if not present:
         return []
+    if _drop(present):
+        return _dropped(options, present).gradients(x, du, present)
+    columns = columns_of(present)
     da = einsum("rk,ri->ki", du[:, : columns[-1].stop], x)
     return [da[own] for own in columns]
 
 
 def _gradients_of_a_after_norm(
+    options: Options,
     x: Rows,
     norm: Array,
     inverse: Inverse,
@@ -402,7 +403,7 @@ def _gradients_of_a_after_norm(
         x = (x.astype(jnp.float32) * inverse[:, None]).astype(x.dtype)
     elif scaled_du is not None:
         du = scaled_du
-    return [norm.astype(jnp.float32) * da for da in _gradients_of_a(x, du, present)]
+    return [norm.astype(jnp.float32) * da for da in _gradients_of_a(options, x, du, present)]
 
 
 def _gradients_of_norm(dy: Rows, x: Rows, norm: Array, inverse: Inverse) -> tuple[Rows, Float[Array, " in"]]:
@@ -417,12 +418,12 @@ def _gradient_of_x(
     options: Options, x: Rows, dys: Outputs, du: Hidden, weights: Weights, adapters: Adapters
 ) -> Rows:
     present = _present(adapters)
-    drops = any(adapter.drops for adapter in present)
     lefts, rights = list(dys), [dense(weight, x.dtype) for weight in weights]
-    if present and not drops:
-        width = _width(options, present)
-        lefts.append(du)
-        rights.append(_operands(options, x, present, width, [])[0])
+    if present:
+        a = _operands(options, x, present, _width(options, present), [])[0]
+        if not _drop(present):
+            lefts.append(du)
+            rights.append(a)
     ks = [left.shape[1] for left in lefts]
     tiling = _tiling(options, x.shape[0], x.shape[1], ks) if len(lefts) > 1 else None
     if tiling is not None:
@@ -431,10 +432,7 @@ def _gradient_of_x(
         k = sum(dy.shape[1] for dy in dys)
         join = should_join(options.arrangement, terms=len(lefts), rows=x.shape[0], k=k, out=x.shape[1])
         dx = sum_of_products(lefts, rights, join=join)
-    if drops:
-        for own, adapter in zip(_columns(present), present, strict=True):
-            dx = dx + drop(product("rk,ki->ri", du[:, own], _stacked_a(x, [adapter])), adapter)
-    return dx
+    return _dropped(options, present).added(dx, du, a, present) if _drop(present) else dx
 
 
 def _gradients_of_biases(options: Options, dys: Outputs, biases: Biases) -> Biases | None:
@@ -474,10 +472,13 @@ def _present(adapters: Adapters) -> list[Adapter]:
     return [adapter for adapter in adapters if adapter is not None]
 
 
-def _columns(adapters: Sequence[Adapter | None]) -> list[slice]:
-    """Where each layer's hidden activations lie in u; nowhere without an adapter."""
-    ends = [0, *itertools.accumulate(0 if adapter is None else adapter.rank for adapter in adapters)]
-    return list(map(slice, ends[:-1], ends[1:]))
+def _drop(present: Sequence[Adapter]) -> bool:
+    """Whether each is to see its own part of x."""
+    return any(adapter.drops for adapter in present)
+
+
+def _dropped(options: Options, present: Sequence[Adapter]) -> Dropped:
+    return options.kernels.dropped if len(present) <= MOST_ADAPTERS else XLA_DROPPED
 
 
 def _stacked_a(x: Rows, present: Sequence[Adapter]) -> Float[Array, "R in"]:

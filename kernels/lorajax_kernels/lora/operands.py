@@ -54,18 +54,6 @@ class Adapter:
         return self.dropout > 0 and self.key is not None
 
 
-def drop(x: Float[Array, "rows in"], adapter: Adapter) -> Float[Array, "rows in"]:
-    """What the adapter sees of x: zeros at the rate of its dropout, and larger values that make up for them.
-
-    The mask depends on the key and on the shape alone. The map is linear in x, and its own transpose.
-    """
-    if adapter.key is None or not adapter.drops:
-        return x
-    kept = 1 - adapter.dropout
-    mask = jax.random.bernoulli(adapter.key, kept, x.shape)
-    return jnp.where(mask, x / kept, 0).astype(x.dtype)
-
-
 def dense(weight: Weight, dtype: jnp.dtype) -> Float[Array, "out in"]:
     """The weight as an array of `dtype`."""
     return dequantize_nf4(weight, dtype) if isinstance(weight, NF4Weight) else jnp.asarray(weight, dtype)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lorajax_kernels.lora.operands import Adapter, Weight, dense, drop
+from lorajax_kernels.lora.dropout import drop
+from lorajax_kernels.lora.operands import Adapter, Weight, dense
 from lorajax_kernels.precision import einsum
 
 
