@@ -2,10 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lorajax_kernels import Adapter
 
 from lorajax.errors import UserError
 from lorajax.lora.adapter import add_lora, merged_weight, select_targets
 from lorajax.lora.config import LoRAConfig
+from lorajax.models import decoder
 from lorajax.models.checkpoint import load
 from lorajax.models.decoder import LoRAParam
 
@@ -124,6 +126,28 @@ def test_a_new_adapter_replaces_the_old_one(model, randomise, tokens):
     assert model.linears()["layers.0.attention.q_proj"].lora_dropout == 0
     assert model.lora_config == config
     np.testing.assert_array_equal(np.asarray(model(tokens)), base)
+
+
+def test_each_adapter_drops_by_a_key_of_its_own(model, tokens, monkeypatch):
+    add_lora(model, LoRAConfig(rank=2, dropout=0.5), seed=0)
+    keys = []
+
+    def noting(function):
+        def call(x, *others, **options):
+            found = [other for other in jax.tree.leaves(others, is_leaf=is_adapter) if is_adapter(other)]
+            keys.extend(tuple(jax.random.key_data(adapter.key).tolist()) for adapter in found)
+            return function(x, *others, **options)
+
+        return call
+
+    for name in ("lora_linears", "swiglu_lora_linear"):
+        monkeypatch.setattr(decoder, name, noting(getattr(decoder, name)))
+    model.hidden_states(tokens, dropout_key=jax.random.key(3))
+    assert len(keys) == len(set(keys)) == 14
+
+
+def is_adapter(value):
+    return isinstance(value, Adapter)
 
 
 def test_adapters_live_on_all_devices(model):

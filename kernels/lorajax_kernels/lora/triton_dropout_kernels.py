@@ -36,9 +36,8 @@ def dropped_hidden_kernel(
     u = tl.full([BLOCK_ROWS, BLOCK_R], 0.0, tl.float32)
     for start in tl.range(0, IN, BLOCK_IN):
         inner = start + tl.arange(0, BLOCK_IN)
-        place = row * IN + inner[None, :]
-        x = tl.load(x_ptr + place, mask=(row < rows) & (inner[None, :] < IN), other=0)
-        x = tl.where(_keeps(seeds_ptr, number, place), x, 0.0).to(x_ptr.dtype.element_ty)
+        x = tl.load(x_ptr + row * IN + inner[None, :], mask=(row < rows) & (inner[None, :] < IN), other=0)
+        x = tl.where(_keeps(seeds_ptr, number, row, inner[None, :]), x, 0.0).to(x_ptr.dtype.element_ty)
         mask = (column[None, :] < rank) & (inner[:, None] < IN)
         a = tl.load(a_ptr + (left + column[None, :]) * IN + inner[:, None], mask=mask, other=0)
         u = tl.dot(x, a, u, input_precision="ieee")
@@ -80,9 +79,8 @@ def dropped_gradients_kernel(
     first = piece * (BLOCKS_PER_PROGRAM * BLOCK_ROWS)
     for start in tl.range(first, tl.minimum(first + BLOCKS_PER_PROGRAM * BLOCK_ROWS, rows), BLOCK_ROWS):
         row = (start + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-        place = row[:, None] * IN + inner
-        x = tl.load(x_ptr + place, mask=(row[:, None] < rows) & (inner < IN), other=0)
-        x = tl.where(_keeps(seeds_ptr, number, place), x, 0.0).to(x_ptr.dtype.element_ty)
+        x = tl.load(x_ptr + row[:, None] * IN + inner, mask=(row[:, None] < rows) & (inner < IN), other=0)
+        x = tl.where(_keeps(seeds_ptr, number, row[:, None], inner), x, 0.0).to(x_ptr.dtype.element_ty)
         mask = (column[:, None] < rank) & (row[None, :] < rows)
         du = tl.load(du_ptr + row[None, :] * width + left + column[:, None], mask=mask, other=0)
         da = tl.dot(du, x, da, input_precision="ieee")
@@ -124,7 +122,7 @@ def dropped_added_kernel(
         mask = (column[:, None] < rank) & (inner < IN)
         a = tl.load(a_ptr + (left + column[:, None]) * IN + inner, mask=mask, other=0)
         back = tl.dot(du, a, input_precision="ieee") * _gain(seeds_ptr, number)
-        dx += tl.where(_keeps(seeds_ptr, number, place), back, 0.0)
+        dx += tl.where(_keeps(seeds_ptr, number, row, inner), back, 0.0)
     tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -174,18 +172,18 @@ def _place(number, rank_0, rank_1, rank_2):
 
 
 @triton.jit
-def _keeps(seeds_ptr, number, place):
-    """Whether the adapter sees the elements at these places; see dropout.kept."""
-    bits = _mixed(place.to(tl.uint32) ^ tl.load(seeds_ptr + 3 * number))
-    bits = _mixed(bits ^ tl.load(seeds_ptr + 3 * number + 1))
-    return bits <= tl.load(seeds_ptr + 3 * number + 2)
+def _keeps(seeds_ptr, number, row, column):
+    """Whether the adapter sees the elements in these rows and columns; see dropout.kept."""
+    seeds_ptr += 3 * number
+    step = tl.load(seeds_ptr + 1)
+    start = _mixed(tl.load(seeds_ptr) + row.to(tl.uint32) * step)
+    return _mixed(start + column.to(tl.uint32) * step) <= tl.load(seeds_ptr + 2)
 
 
 @triton.jit
 def _mixed(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
+    return (x ^ (x >> 15)) * 0x846CA68B
 
 
 @triton.jit
