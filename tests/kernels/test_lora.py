@@ -767,10 +767,10 @@ def test_triton_hidden_sums_compiles_without_a_gpu(compile_kernel, scaled, capab
 
 
 # rank_2 is 0 where there are two adapters; Triton compiles that as any number, and 1 as a constant.
-@pytest.mark.parametrize("ones", ((), ("rows", "rank_0")))
-@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize(
+    "rank, capability, ones", ((32, 80, ()), (128, 80, ()), (32, 90, ("rows", "rank_0")))
+)
 @pytest.mark.parametrize("name", ("dropped_hidden", "dropped_gradients", "dropped_added"))
-@pytest.mark.parametrize("rank", (32, 128))
 def test_triton_dropout_compiles_without_a_gpu(compile_kernel, name, rank, capability, ones):
     from lorajax_kernels.lora import triton_dropout_kernels
 
