@@ -106,8 +106,8 @@ def kept(seed: UInt32[Array, " 3"], shape: tuple[int, ...]) -> Bool[Array, "rows
     """Which elements are: those whose random number is small enough.
 
     The numbers of a row are those of SplitMix (Steele, Lea and Flood, 2014), in 32 bits, and so are the rows'
-    starts. They take a tenth of the operations of JAX' own (threefry), which are for what must not be
-    guessed: masks of those took four fifths of the time in which a step was compiled.
+    starts. They take a fifth of the operations of JAX' own (threefry), which are for what must not be
+    guessed: masks of those took most of the time in which a step was compiled.
     """
     start, step, last = seed
     row, column = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))

@@ -1,7 +1,6 @@
 """Triton kernels of adapters with dropout: masks are made in registers, and nothing dropped is in memory.
 
-XLA writes what each adapter sees of x, and what flows back through each, in memory of its own: twenty passes
-over activations in a layer's forward and backward pass, where these kernels make seven.
+XLA writes what each adapter sees of x, and what flows back through each, into memory of its own.
 """
 
 from __future__ import annotations
