@@ -278,16 +278,19 @@ def test_attention_holds_no_scores(implementation, figure):
     assert temporary <= most < 4 * batch * heads * length**2
 
 
-@pytest.mark.parametrize(("softcap", "trainable_head"), ((None, False), (2.0, True)))
-def test_linear_cross_entropy_at_real_size(softcap, trainable_head, figure):
+@pytest.mark.parametrize(
+    ("softcap", "trainable_head", "vocabulary"),
+    ((None, False, 128256), (2.0, True, 128256), (None, False, 50257), (2.0, True, 32001)),
+)
+def test_linear_cross_entropy_at_real_size(softcap, trainable_head, vocabulary, figure):
     """Each implementation against dense float32 logits, and against the others."""
-    rows, features, vocabulary = 4096, 2048, 128256
+    rows, features = 4096, 2048
     x, head = random_arrays([(rows, features), (vocabulary, features)], jnp.bfloat16)
     head = head / features**0.5
     weights = (jnp.arange(rows) % 3 > 0).astype(jnp.float32)
     targets = jnp.where(weights > 0, jax.random.randint(jax.random.key(0), (rows,), 0, vocabulary), -100)
     trained = (0, 1) if trainable_head else (0,)
-    case = f"linear_cross_entropy{', softcap and dhead' if trainable_head else ''}"
+    case = f"linear_cross_entropy, {vocabulary}{', softcap and dhead' if trainable_head else ''}"
     # With a trained head, dhead in float32 too, and what a chunk adds to it.
     most = 700e6 + (2 * 4 * vocabulary * features if trainable_head else 0)
 

@@ -23,9 +23,9 @@ __all__ = ["choose_cross_entropy", "cross_entropy_implementations", "default_chu
 # One chunk's logits take at most this much, unless MIN_CHUNK rows take more.
 LOGIT_BYTES = 256 * 2**20
 MIN_CHUNK = 128
-# A chunk has a multiple of this many rows, if its limit is one: other logits XLA would copy, out of one GEMM
-# and into the next, because it gives them whole multiples.
-ROWS = 8
+# Logits have a multiple of this many rows, if the limit is one, and of columns: others XLA would copy, out of
+# one GEMM and into the next, because it gives them whole multiples.
+MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ def default_chunk(vocab_size: int, dtype: jnp.dtype) -> int:
 
 
 def even_chunks(rows: int, limit: int) -> tuple[int, int]:
-    """(chunks, rows of each) for this many rows: as few as `limit` allows, and as even as ROWS does."""
+    """(chunks, rows of each) for this many rows: as few as `limit` allows, and as even as MULTIPLE does."""
     chunks = max(1, -(-rows // limit))
     each = max(1, -(-rows // chunks))
-    return chunks, min(-(-each // ROWS) * ROWS, limit)
+    return chunks, min(-(-each // MULTIPLE) * MULTIPLE, limit)
 
 
 @dataclass(frozen=True)
@@ -146,13 +146,13 @@ class _Plan:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(plan: _Plan, x: Array, head: Array, targets: Array, weights: Array) -> Array:
-    head = head.astype(x.dtype)
+    vocab, head = head.shape[0], _filled_up(head.astype(x.dtype))
 
     def visit(total, piece):
         x, targets, weights = piece
 
         def compute(total):
-            logits = capped(_logits(x, head, weights), plan.softcap)
+            logits = capped(_logits(x, head, weights)[:, :vocab], plan.softcap)
             return total + jnp.sum(losses(logits, jax.nn.logsumexp(logits, axis=-1), targets, weights))
 
         return jax.lax.cond(jnp.any(weights != 0), compute, lambda total: total, total), None
@@ -162,8 +162,10 @@ def _loss(plan: _Plan, x: Array, head: Array, targets: Array, weights: Array) ->
 
 
 def _loss_forward(plan: _Plan, x: Array, head: Array, targets: Array, weights: Array):
-    head = head.astype(x.dtype)
-    loss_and_gradient = function_of(_IMPLEMENTATIONS, plan.implementation)
+    vocab, head = head.shape[0], _filled_up(head.astype(x.dtype))
+    loss_and_gradient = functools.partial(
+        function_of(_IMPLEMENTATIONS, plan.implementation), vocab=vocab, softcap=plan.softcap, dtype=x.dtype
+    )
 
     def visit(carry, piece):
         x, targets, weights = piece
@@ -171,7 +173,7 @@ def _loss_forward(plan: _Plan, x: Array, head: Array, targets: Array, weights: A
         def compute(carry):
             total, dhead = carry
             logits = _logits(x, head, weights)
-            loss, d = loss_and_gradient(logits, targets, weights, softcap=plan.softcap, dtype=x.dtype)
+            loss, d = loss_and_gradient(logits, targets, weights)
             total = total + jnp.sum(loss)
             dx = (einsum("rv,vd->rd", d, head) * weights[:, None]).astype(x.dtype)
             if dhead is not None:
@@ -185,7 +187,7 @@ def _loss_forward(plan: _Plan, x: Array, head: Array, targets: Array, weights: A
     (total, dhead), dx = jax.lax.scan(
         visit, (jnp.zeros((), jnp.float32), dhead), _split(plan, x, targets, weights)
     )
-    return total, (dx.reshape(-1, x.shape[1])[: x.shape[0]], dhead)
+    return total, (dx.reshape(-1, x.shape[1])[: x.shape[0]], None if dhead is None else dhead[:vocab])
 
 
 def _loss_backward(plan: _Plan, residuals, dloss: Array):
@@ -198,8 +200,14 @@ def _loss_backward(plan: _Plan, residuals, dloss: Array):
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
+def _filled_up(head: Array) -> Array:
+    """With rows of zeros to a multiple: a copy, but of most vocabularies none."""
+    missing = -head.shape[0] % MULTIPLE
+    return jnp.pad(head, ((0, missing), (0, 0))) if missing else head
+
+
 def _logits(x: Array, head: Array, weights: Array) -> Array:
-    """Logits of one chunk, [rows, V], bfloat16 if x is, otherwise float32, which cannot overflow.
+    """Logits of one chunk, [rows, width], bfloat16 if x is, otherwise float32, which cannot overflow.
 
     Those of rows of weight 0 are 0, whatever their x.
     """

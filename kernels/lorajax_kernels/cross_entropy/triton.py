@@ -44,19 +44,20 @@ def why_not(problem: Problem, device: Device) -> str | None:
 
 
 def triton_loss_and_gradient(
-    logits: Float[Array, "rows V"],
+    logits: Float[Array, "rows width"],
     targets: Int[Array, " rows"],
     weights: Float[Array, " rows"],
     *,
+    vocab: int,
     softcap: float | None,
     dtype: jnp.dtype,
     tiling: Tiling | None = None,
-) -> tuple[Float[Array, " rows"], Float[Array, "rows V"]]:
+) -> tuple[Float[Array, " rows"], Float[Array, "rows width"]]:
     """See xla_loss_and_gradient; dtype is that of the logits, and rows of weight 0 keep their logits."""
     triton_kernels = load_kernels("lorajax_kernels.cross_entropy.triton_kernels")
     if dtype != logits.dtype:
         raise ValueError(f"the gradient of {logits.dtype} logits cannot be {dtype}")
-    rows, vocab = logits.shape
+    rows, width = logits.shape
     tiling = tiling or TILING
     return triton_call(
         triton_kernels.loss_and_gradient_kernel,
@@ -71,6 +72,7 @@ def triton_loss_and_gradient(
         input_output_aliases={0: 1},
         kernel_for_0_3=triton_kernels.loss_and_gradient_kernel_for_0_3,
         VOCAB=vocab,
+        WIDTH=width,
         SOFTCAP=softcap,
         BLOCK=min(tiling.block, block_for(vocab, least=2)),
     )

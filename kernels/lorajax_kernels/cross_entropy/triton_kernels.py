@@ -20,16 +20,17 @@ def loss_and_gradient_kernel(
     weights_ptr,
     losses_ptr,
     VOCAB: tl.constexpr,
+    WIDTH: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row; grid (rows,). A row of weight 0 stays as it is."""
+    """One row of WIDTH logits; grid (rows,). Those from VOCAB on, and a row of weight 0, stay as they are."""
     row = tl.program_id(0)
     weight = tl.load(weights_ptr + row)
     if weight == 0:
         tl.store(losses_ptr + row, 0.0)
     else:
-        logits_ptr += row.to(tl.int64) * VOCAB
+        logits_ptr += row.to(tl.int64) * WIDTH
         target = tl.load(targets_ptr + row)
         is_index = (target >= 0) & (target < VOCAB)
         at_target = _capped(tl.load(logits_ptr + tl.where(is_index, target, 0)).to(tl.float32), SOFTCAP)
@@ -65,11 +66,12 @@ def loss_and_gradient_kernel_for_0_3(
     losses_ptr,
     gradient_ptr,
     VOCAB: tl.constexpr,
+    WIDTH: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The same for releases of jax-triton that pass gradient_ptr, which is logits_ptr, too."""
-    loss_and_gradient_kernel(logits_ptr, targets_ptr, weights_ptr, losses_ptr, VOCAB, SOFTCAP, BLOCK)
+    loss_and_gradient_kernel(logits_ptr, targets_ptr, weights_ptr, losses_ptr, VOCAB, WIDTH, SOFTCAP, BLOCK)
 
 
 @triton.jit

@@ -25,22 +25,25 @@ def losses(
 
 
 def xla_loss_and_gradient(
-    logits: Float[Array, "rows V"],
+    logits: Float[Array, "rows width"],
     targets: Int[Array, " rows"],
     weights: Float[Array, " rows"],
     *,
+    vocab: int,
     softcap: float | None,
     dtype: jnp.dtype,
-) -> tuple[Float[Array, " rows"], Float[Array, "rows V"]]:
+) -> tuple[Float[Array, " rows"], Float[Array, "rows width"]]:
     """Weighted loss of each row, and the gradient of its unweighted loss in the logits, of `dtype`.
 
     Args:
         logits: before the softcap; finite, also in rows of weight 0.
+        vocab: so many columns count; what fills up the others is 0, and so is its gradient.
     """
-    z = capped(logits, softcap)
+    z = capped(logits[:, :vocab], softcap)
     lse = jax.nn.logsumexp(z, axis=-1)
-    hit = jnp.arange(z.shape[1]) == targets[:, None]
+    hit = jnp.arange(vocab) == targets[:, None]
     gradient = jnp.exp(z - lse[:, None]) - hit
     if softcap is not None:
         gradient = gradient * (1 - jnp.square(z / softcap))
-    return losses(z, lse, targets, weights), gradient.astype(dtype)
+    filled = ((0, 0), (0, logits.shape[1] - vocab))
+    return losses(z, lse, targets, weights), jnp.pad(gradient.astype(dtype), filled)
