@@ -96,6 +96,8 @@ PROJECTIONS = (
     "mlp.down_proj",
 )
 _SHARED_INPUTS = ((0, 1, 2), (3,), (4, 5), (6,))
+# XLA copies what products in 16 bits read and write, to fill it up, where a size is no multiple of this.
+MULTIPLE = 8
 # Shapes of the A and B of each of them, None where there is no adapter.
 AdapterShapes = tuple[tuple[tuple[int, int], tuple[int, int]] | None, ...]
 
@@ -472,6 +474,11 @@ class Decoder(nnx.Module):
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
             positions = segments.positions(segment_ids)
+        length = tokens.shape[1]
+        if self.dtype.itemsize == 2 and tokens.size % MULTIPLE:
+            padding = ((0, 0), (0, -length % MULTIPLE))
+            tokens, segment_ids, positions = (jnp.pad(x, padding) for x in (tokens, segment_ids, positions))
+            max_segments = max_segments and max_segments + 1  # the padding
         rotation = self.rotation(positions, segments.lengths(segment_ids))
 
         def attend(q: Array, k: Array, v: Array) -> Array:
@@ -479,7 +486,7 @@ class Decoder(nnx.Module):
                 q, k, v, segment_ids, max_segments=max_segments, implementation=self.attention_implementation
             )
 
-        return self.run(
+        hidden = self.run(
             tokens,
             rotation,
             attend,
@@ -487,6 +494,7 @@ class Decoder(nnx.Module):
             checkpointing=checkpointing,
             mlp_chunks=mlp_chunks,
         )
+        return hidden[:, :length]
 
     def run(
         self,

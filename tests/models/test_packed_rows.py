@@ -6,6 +6,7 @@ the attention paths to cut them into chunks, with documents across the cuts.
 """
 
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -124,3 +125,24 @@ def test_a_segment_does_not_touch_the_others(dtype, implementation, run):
     assert (before[third] != after[third]).any(axis=-1).all()
     before[third] = after[third] = 0
     np.testing.assert_array_equal(before, after)
+
+
+def test_rows_of_an_odd_length_are_filled_up(llama_folder):
+    """In 16 bits, so that XLA need not do that for each product; what is added is padding."""
+    tokens = np.random.default_rng(0).integers(0, 300, (3, 13), np.int32)
+    segments = np.repeat([[1, 2, 0], [1, 2, 3], [1, 1, 1]], (6, 6, 1), axis=1)
+    filled = [np.pad(array, ((0, 0), (0, 3))) for array in (tokens, segments)]
+    for dtype, width in (("bfloat16", 16), ("float32", 13)):
+        model = load(llama_folder, dtype=dtype)
+
+        def hidden(tokens, segments, model=model):
+            return model.hidden_states(tokens, segments, max_segments=3)
+
+        found = jax.jit(hidden)(tokens, segments)
+        assert found.shape[:2] == (3, 13)
+        expected = jax.jit(hidden)(*filled)[:, :13]
+        error = np.abs(found.astype(np.float32) - expected.astype(np.float32)).max()
+        assert error <= 1e-5
+        text = jax.jit(hidden).lower(tokens, segments).as_text()
+        lengths = re.findall(r"dot_general .*-> tensor<3x(\d+)x\d+x\w+>", text)
+        assert set(lengths) & {"13", "16"} == {str(width)}
