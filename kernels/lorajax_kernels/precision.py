@@ -1,8 +1,11 @@
-"""How the ops multiply: float32 accumulation always, and float32 inputs at full precision."""
+"""How the ops multiply: float32 sums always, float32 inputs at full precision, and whole multiples."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+# XLA copies what products in 16 bits read and write, to fill it up, where a size is no multiple of this.
+MULTIPLE = 8
 
 
 def einsum(equation: str, *operands: Array) -> Array:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
+from lorajax_kernels.precision import MULTIPLE
+
 from lorajax.memory.costs import GROUPS, Costs, Rates, Workload
 from lorajax.memory.policy import MADE_IN_CHUNKS, LayerPolicy, Layout, Policy
 
@@ -28,8 +30,6 @@ OFFLOADED = ("block_input", "gate", "up", "attention_output", "query", "block_mi
 CHUNKS, LEAST_CHUNK = (2, 4, 8, 16), 2048
 # Bytes of logits that the head's loss makes at a time (lorajax_kernels.cross_entropy).
 LOGITS_CHUNK = 2**28
-# And what the size of a vocabulary is a multiple of, or is made to be.
-LOGITS_MULTIPLE = 8
 # Of a token in a batch: itself, its target, segment, position and weight.
 BATCH_BYTES = 5 * 4
 # Share of a copy's time that a step loses even where the copy hides behind computation.
@@ -298,7 +298,7 @@ def _workspace(work: Workload, policy: Policy, mlp_chunks: int) -> float:
     o, row = work.options, work.tokens * work.itemsize
     hidden, inner, logits = row * o.hidden_size, row * o.intermediate_size / mlp_chunks, row * o.vocab_size
     # Filled up to a whole multiple, which is a copy.
-    head = work.itemsize * o.vocab_size * o.hidden_size if o.vocab_size % LOGITS_MULTIPLE else 0
+    head = work.itemsize * o.vocab_size * o.hidden_size if o.vocab_size % MULTIPLE else 0
     loss = min(logits, LOGITS_CHUNK) + head + 2.5 * hidden
     # While attention is differentiated; more than the MLP takes where that is cut.
     most = max(loss, 7 * hidden)

@@ -23,6 +23,7 @@ from lorajax_kernels import (
     swiglu,
     swiglu_lora_linear,
 )
+from lorajax_kernels.precision import MULTIPLE
 
 from lorajax.lora.config import LoRAConfig
 from lorajax.memory.chunks import in_chunks
@@ -96,8 +97,6 @@ PROJECTIONS = (
     "mlp.down_proj",
 )
 _SHARED_INPUTS = ((0, 1, 2), (3,), (4, 5), (6,))
-# XLA copies what products in 16 bits read and write, to fill it up, where a size is no multiple of this.
-MULTIPLE = 8
 # Shapes of the A and B of each of them, None where there is no adapter.
 AdapterShapes = tuple[tuple[tuple[int, int], tuple[int, int]] | None, ...]
 
@@ -475,7 +474,7 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = segments.positions(segment_ids)
         length = tokens.shape[1]
-        if self.dtype.itemsize == 2 and tokens.size % MULTIPLE:
+        if self.dtype.itemsize == 2 and tokens.size % MULTIPLE:  # otherwise in every product
             padding = ((0, 0), (0, -length % MULTIPLE))
             tokens, segment_ids, positions = (jnp.pad(x, padding) for x in (tokens, segment_ids, positions))
             max_segments = max_segments and max_segments + 1  # the padding

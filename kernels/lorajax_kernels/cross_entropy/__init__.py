@@ -16,16 +16,13 @@ from lorajax_kernels.checks import check_dtype, check_not_empty, check_options, 
 from lorajax_kernels.cross_entropy import triton
 from lorajax_kernels.cross_entropy.xla import capped, losses, xla_loss_and_gradient
 from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
-from lorajax_kernels.precision import einsum, product
+from lorajax_kernels.precision import MULTIPLE, einsum, product
 
 __all__ = ["choose_cross_entropy", "cross_entropy_implementations", "default_chunk", "linear_cross_entropy"]
 
 # One chunk's logits take at most this much, unless MIN_CHUNK rows take more.
 LOGIT_BYTES = 256 * 2**20
 MIN_CHUNK = 128
-# Logits have a multiple of this many rows, if the limit is one, and of columns: others XLA would copy, out of
-# one GEMM and into the next, because it gives them whole multiples.
-MULTIPLE = 8
 
 
 @dataclass(frozen=True)

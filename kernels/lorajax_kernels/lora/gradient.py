@@ -45,11 +45,7 @@ from lorajax_kernels.lora.triton import (
 from lorajax_kernels.lora.triton_dropout import TRITON_DROPPED
 from lorajax_kernels.lora.xla import scaled, xla_hidden_and_b
 from lorajax_kernels.nf4 import NF4Weight
-from lorajax_kernels.precision import einsum, product
-
-# The columns of u are filled up with zeros to a multiple of this: rows of the joined operands then start at a
-# multiple of 16 bytes, as fast GEMMs need. XLA would copy these operands once more to pad them.
-COLUMNS = 8
+from lorajax_kernels.precision import MULTIPLE, einsum, product
 
 Rows = Float[Array, "rows in"]
 Inverse = Float[Array, " rows"]  # root mean square of each row, float32
@@ -320,7 +316,7 @@ def _tiling(options: Options, rows: int, out: int, ks: Sequence[int]) -> Tiling 
 def _width(options: Options, present: Sequence[Adapter]) -> int:
     """Columns of u: the ranks of all adapters, and what fills them up."""
     ranks = sum(adapter.rank for adapter in present)
-    multiple = SLICE if options.kernels.sums and ranks > SLICE else COLUMNS
+    multiple = SLICE if options.kernels.sums and ranks > SLICE else MULTIPLE
     return -(-ranks // multiple) * multiple
 
 
