@@ -659,7 +659,7 @@ def parts_of_a_vector(adapters):
 @pytest.mark.parametrize("rows, width, programs", ((1, 16, 1), (40, 50, 4), (33, 33, 100)))
 def test_triton_dropout_is_the_formula(run_on_cpu, rows, width, programs, ranks):
     run_on_cpu(triton_dropout.__name__, "lorajax_kernels.lora.triton_dropout_kernels")
-    tiling = triton_dropout.DropoutTiling(rows=16, columns=32, programs=programs, num_warps=4, num_stages=2)
+    tiling = Tiling(rows=16, columns=32, programs=programs, num_warps=4, num_stages=2)
     keys = jax.random.split(jax.random.key(1), 3)
     adapters = [
         Adapter(normal(rank, width, seed=rank), normal(4, rank), 0.5, rate, key)

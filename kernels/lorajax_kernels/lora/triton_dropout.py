@@ -6,36 +6,18 @@ XLA writes what each adapter sees of x, and what flows back through each, into m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float
 
 from lorajax_kernels.lora.dropout import Dropped, columns_of, seed_of
 from lorajax_kernels.lora.operands import Adapter
-from lorajax_kernels.lora.triton import MOST_ADAPTERS
+from lorajax_kernels.lora.triton import MOST_ADAPTERS, Tiling
 from lorajax_kernels.triton_call import block_for, load_kernels, triton_call
 
-
-@dataclass(frozen=True)
-class DropoutTiling:
-    """How the kernels are cut up.
-
-    Attributes:
-        rows, columns: of a block of x, powers of two from 16.
-        programs: to aim for where the rows are summed up.
-        num_warps, num_stages: of the kernels.
-    """
-
-    rows: int
-    columns: int
-    programs: int
-    num_warps: int
-    num_stages: int
-
-
-TILING = DropoutTiling(rows=64, columns=64, programs=264, num_warps=4, num_stages=3)
+TILING = Tiling(rows=64, columns=64, programs=264, num_warps=4, num_stages=3)
 
 
 def triton_dropped_hidden(
@@ -44,26 +26,19 @@ def triton_dropped_hidden(
     adapters: Sequence[Adapter],
     width: int,
     *,
-    tiling: DropoutTiling | None = None,
+    tiling: Tiling = TILING,
 ) -> Float[Array, "rows width"]:
     """See xla_dropped_hidden."""
-    kernels, tiling = load_kernels("lorajax_kernels.lora.triton_dropout_kernels"), tiling or TILING
-    rows, inner = x.shape
-    ranks = _ranks(adapters)
-    return triton_call(
-        kernels.dropped_hidden_kernel,
-        *(x, a, _seeds(adapters), rows),
-        *ranks,
-        width,
+    rows = x.shape[0]
+    return _call(
+        "dropped_hidden",
+        *(x, a),
+        adapters=adapters,
+        width=width,
+        tiling=tiling,
         out_shape=jax.ShapeDtypeStruct((rows, width), x.dtype),
         grid=(len(adapters), -(-rows // tiling.rows)),
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
-        IN=inner,
-        BLOCK_ROWS=tiling.rows,
-        BLOCK_IN=tiling.columns,
-        BLOCK_R=block_for(max(ranks)),
-        FILLED=block_for(max(width - sum(ranks), 1)),
+        FILLED=block_for(max(width - sum(adapter.rank for adapter in adapters), 1)),
     )
 
 
@@ -72,29 +47,23 @@ def triton_dropped_gradients(
     du: Float[Array, "rows width"],
     adapters: Sequence[Adapter],
     *,
-    tiling: DropoutTiling | None = None,
+    tiling: Tiling = TILING,
 ) -> list[Float[Array, "R_i in"]]:
     """See xla_dropped_gradients."""
-    kernels, tiling = load_kernels("lorajax_kernels.lora.triton_dropout_kernels"), tiling or TILING
     rows, inner = x.shape
-    ranks = _ranks(adapters)
     blocks, strips = -(-rows // tiling.rows), -(-inner // tiling.columns)
     per_program = -(-blocks // max(1, tiling.programs // (strips * len(adapters))))
     pieces = -(-blocks // per_program)
-    da = triton_call(
-        kernels.dropped_gradients_kernel,
-        *(x, du, _seeds(adapters), rows),
-        *ranks,
-        du.shape[1],
-        out_shape=jax.ShapeDtypeStruct((pieces, sum(ranks), inner), jnp.float32),
+    ranks = sum(adapter.rank for adapter in adapters)
+    da = _call(
+        "dropped_gradients",
+        *(x, du),
+        adapters=adapters,
+        width=du.shape[1],
+        tiling=tiling,
+        out_shape=jax.ShapeDtypeStruct((pieces, ranks, inner), jnp.float32),
         grid=(len(adapters), strips, pieces),
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
-        IN=inner,
         BLOCKS_PER_PROGRAM=per_program,
-        BLOCK_ROWS=tiling.rows,
-        BLOCK_IN=tiling.columns,
-        BLOCK_R=block_for(max(ranks)),
     )
     return [jnp.sum(da[:, own], axis=0) for own in columns_of(adapters)]
 
@@ -105,37 +74,50 @@ def triton_dropped_added(
     a: Float[Array, "width in"],
     adapters: Sequence[Adapter],
     *,
-    tiling: DropoutTiling | None = None,
+    tiling: Tiling = TILING,
 ) -> Float[Array, "rows in"]:
     """See xla_dropped_added; the result takes the memory of dx."""
-    kernels, tiling = load_kernels("lorajax_kernels.lora.triton_dropout_kernels"), tiling or TILING
     rows, inner = dx.shape
-    ranks = _ranks(adapters)
-    return triton_call(
-        kernels.dropped_added_kernel,
-        *(dx, du, a, _seeds(adapters), rows),
-        *ranks,
-        du.shape[1],
+    return _call(
+        "dropped_added",
+        *(dx, du, a),
+        adapters=adapters,
+        width=du.shape[1],
+        tiling=tiling,
         out_shape=jax.ShapeDtypeStruct(dx.shape, dx.dtype),
         grid=(-(-inner // tiling.columns), -(-rows // tiling.rows)),
-        num_warps=tiling.num_warps,
-        num_stages=1,
         input_output_aliases={0: 0},
-        kernel_for_0_3=kernels.dropped_added_kernel_for_0_3,
         ADAPTERS=len(adapters),
-        IN=inner,
-        BLOCK_ROWS=tiling.rows,
-        BLOCK_IN=tiling.columns,
-        BLOCK_R=block_for(max(ranks)),
     )
 
 
 TRITON_DROPPED = Dropped(triton_dropped_hidden, triton_dropped_gradients, triton_dropped_added)
 
 
-def _ranks(adapters: Sequence[Adapter]) -> list[int]:
-    return [adapter.rank for adapter in adapters] + [0] * (MOST_ADAPTERS - len(adapters))
+def _call(
+    name: str, *operands: Array, adapters: Sequence[Adapter], width: int, tiling: Tiling, **options: Any
+) -> Any:
+    """A kernel on operands of which the first is [rows, in]; options as of triton_call.
 
-
-def _seeds(adapters: Sequence[Adapter]) -> UInt32[Array, "adapters 3"]:
-    return jnp.stack([seed_of(adapter) for adapter in adapters])
+    Args:
+        width: columns of u, or of du.
+    """
+    kernels = load_kernels("lorajax_kernels.lora.triton_dropout_kernels")
+    rows, inner = operands[0].shape
+    ranks = [adapter.rank for adapter in adapters] + [0] * (MOST_ADAPTERS - len(adapters))
+    return triton_call(
+        getattr(kernels, f"{name}_kernel"),
+        *operands,
+        jnp.stack([seed_of(adapter) for adapter in adapters]),
+        rows,
+        *ranks,
+        width,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+        kernel_for_0_3=getattr(kernels, f"{name}_kernel_for_0_3", None),
+        IN=inner,
+        BLOCK_ROWS=tiling.rows,
+        BLOCK_IN=tiling.columns,
+        BLOCK_R=block_for(max(ranks)),
+        **options,
+    )
