@@ -55,7 +55,8 @@ LONG_ROWS = (
     (333, 1024, 1283, 1199, 1),
     (128, 1408, 640, 1280, 384),
 )
-TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+# Results are rounded once or twice: bfloat16 to 2^-9 of their size at most, float16 to 2^-12.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 6e-3, "float16": 8e-4}
 
 
 def uneven_segments(rows: tuple[tuple[int, ...], ...] = ROWS) -> jax.Array:
@@ -327,7 +328,7 @@ def test_linear_cross_entropy_at_real_size(softcap, trainable_head, vocabulary, 
             f"{case} {name} against {other}: errors of loss, dx{', dhead' if trainable_head else ''}",
             " ".join(f"{error:.1e}" for error in errors),
         )
-        assert errors[0] <= 1e-3 and max(errors[1:]) <= 1e-2
+        assert errors[0] <= 1e-5 and max(errors[1:]) <= TOLERANCES["bfloat16"]
 
 
 def test_kernels_that_write_over_operands_that_are_slices(figure):
@@ -361,7 +362,7 @@ def test_kernels_that_write_over_operands_that_are_slices(figure):
 
     errors = [relative(a, b) for a, b in zip(run("triton"), run("xla"), strict=True)]
     figure("over slices: errors of dx, dgate, dup, da, db", " ".join(f"{error:.1e}" for error in errors))
-    assert max(errors) <= 1e-2
+    assert max(errors) <= TOLERANCES["bfloat16"]
 
 
 @pytest.mark.parametrize("double_quant", (False, True))
@@ -514,7 +515,7 @@ def test_layers_with_adapters(
         f"lora_linears {case}: errors of y, y, dx, da, db, da, db",
         " ".join(f"{error:.1e}" for error in errors),
     )
-    assert max(errors) <= 1e-2
+    assert max(errors) <= TOLERANCES[dtype]
 
 
 def parts_of_a_vector(adapters: list[Adapter]) -> list[Adapter]:
@@ -682,7 +683,7 @@ def test_the_layer_after_a_gate(implementation, figure):
         f"swiglu_lora_linear {implementation}: errors of y, dgate, dup, da, db",
         " ".join(f"{error:.1e}" for error in errors),
     )
-    assert max(errors) <= 1e-2
+    assert max(errors) <= TOLERANCES["bfloat16"]
 
 
 @pytest.mark.parametrize("implementation", lora_implementations())
@@ -713,7 +714,7 @@ def test_the_layer_after_a_gate_on_more_than_2_to_the_31_elements(implementation
     expected, _ = run(gate[-last:], up[-last:], dy)
     assert not any(map(bool, others))
     for x, y in zip(found, expected, strict=True):
-        assert relative(x, y) <= 1e-2
+        assert relative(x, y) <= TOLERANCES["bfloat16"]
 
 
 @pytest.mark.parametrize("options", ((), (("window", 100), ("softcap", 2.0))))

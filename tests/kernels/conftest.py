@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +39,8 @@ def compile_kernel() -> Callable[..., Any]:
     """compile_kernel(kernel, capability, types, constants, num_warps, num_stages): the kernel for that GPU.
 
     capability is 80 for 8.0; types are Triton's ("*bf16", "i32") of the arguments that are not constants. The
-    result has asm["ptx"], asm["cubin"] and metadata.shared, the bytes of shared memory.
+    result has asm["ptx"], asm["cubin"] and metadata.shared, the bytes of shared memory. No buffer is written
+    while it is read, see overwritten_in_flight.
     """
     triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -62,9 +64,66 @@ def compile_kernel() -> Callable[..., Any]:
         )
         target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
         options = {"num_warps": num_warps, "num_stages": num_stages}
-        return triton.compile(source, target=target, options=options)
+        compiled = triton.compile(source, target=target, options=options)
+        assert overwritten_in_flight(compiled.asm["ttgir"]) == set()
+        return compiled
 
     return compile_for
+
+
+def overwritten_in_flight(ttgir: str) -> set[str]:
+    """Buffers in shared memory that a loop copies into while a product that reads them may not be done.
+
+    Products are asynchronous on Hopper. A buffer has slots, which the iterations of a loop take in turn; each
+    is filled some iterations ahead, as many as are filled before the loop.
+    """
+    slots: dict[str, int] = {}
+    buffers: dict[str, str] = {}
+    ahead: dict[str, int] = {}
+    found: set[str] = set()
+    loop: list[tuple[str, Any]] | None = None
+    end = ""
+    for line in ttgir.splitlines():
+        if named := re.match(r"\s*(%\S+) = ttg.local_alloc : .*?memdesc<(\d+)x", line):
+            slots[named[1]] = int(named[2])
+        elif view := re.match(r"\s*(%\S+) = ttg.memdesc_\w+ (%\w+)", line):
+            buffers[view[1]] = buffers.get(view[2], view[2])
+        elif "scf.for" in line:
+            loop, end = [], line[: len(line) - len(line.lstrip())] + "}"
+        elif loop is not None and line.startswith(end):
+            found |= _overwritten(loop, slots, ahead)
+            loop, ahead = None, {}
+        elif copied := re.search(r"async_copy_global_to_local \S+ (%\w+)", line):
+            buffer = buffers.get(copied[1], copied[1])
+            if loop is None:
+                ahead[buffer] = ahead.get(buffer, 0) + 1
+            else:
+                loop.append(("copy", buffer))
+        elif loop is not None and (waited := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line)):
+            loop.append(("wait", int(waited[1])))
+        elif loop is not None and (dot := re.search(r"warp_group_dot (%[\w#]+), (%[\w#]+),", line)):
+            loop.append(("dot", {buffers.get(operand, operand) for operand in dot.groups()}))
+            if "isAsync = true" not in line:
+                loop.append(("wait", 0))
+    return found
+
+
+def _overwritten(
+    loop: Sequence[tuple[str, Any]], slots: Mapping[str, int], ahead: Mapping[str, int]
+) -> set[str]:
+    in_flight: list[tuple[int, set[str]]] = []
+    found = set()
+    for iteration in range(2 * max(slots.values(), default=0)):
+        for kind, what in loop:
+            if kind == "dot":
+                in_flight.append((iteration, what))
+            elif kind == "wait":
+                in_flight = in_flight[max(len(in_flight) - what, 0) :]
+            else:
+                filled = (iteration + ahead.get(what, 0)) % slots[what]
+                if any(what in read and then % slots[what] == filled for then, read in in_flight):
+                    found.add(what)
+    return found
 
 
 @pytest.fixture

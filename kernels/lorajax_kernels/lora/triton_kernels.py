@@ -207,7 +207,9 @@ def hidden_and_joined_kernel(
         tl.store(joined_ptr + column[None, :], x, mask=mask)
         weight = (rank[:, None] < RANK) & (column[None, :] < IN)
         a = tl.load(a_ptr + rank[:, None] * IN + column[None, :], mask=weight, other=0)
-        hidden = tl.dot(x, tl.trans(a), hidden, input_precision="ieee")
+        # Out of registers: of what is both stored and multiplied Triton 3.6 keeps one buffer too few, and on
+        # Hopper a block that comes in overwrites the one that a product still reads.
+        hidden = tl.dot(tl.where(mask, x, 0.0), tl.trans(a), hidden, input_precision="ieee")
     hidden = hidden.to(hidden_ptr.dtype.element_ty)
     mask = (row < rows) & (rank[None, :] < RANK)
     tl.store(joined_ptr + IN + rank[None, :], hidden, mask=mask)
