@@ -254,7 +254,7 @@ TILINGS = (Tiling(block=16, num_warps=4), Tiling(block=64, num_warps=4), Tiling(
 @pytest.mark.parametrize("softcap", (None, 3.0))
 @pytest.mark.parametrize("tiling", TILINGS, ids=lambda tiling: str(tiling.block))
 def test_triton_equals_xla(run_on_cpu, tiling, softcap):
-    """Vocabularies of several blocks, a part of one, and exactly one; a target in each; filled up."""
+    """Rows of several blocks, a part of one, and exactly one; a target in each; filled up."""
     run_on_cpu(host.__name__, "lorajax_kernels.cross_entropy.triton_kernels")
     x, head, targets, weights = inputs()
     logits = jnp.pad(jnp.einsum("nd,vd->nv", x, head), ((0, 0), (0, 6)))
@@ -327,7 +327,11 @@ def test_triton_compiles_without_a_gpu(compile_kernel, name, softcap, capability
         host.TILING.num_warps,
         1,
     )
-    assert "st.global" in compiled.asm["ptx"] and "local" not in compiled.asm["ptx"]  # no spills
+    ptx = compiled.asm["ptx"]
+    assert "local" not in ptx  # no spills
+    # Eight logits at a time, but for the target's, though the vocabulary is odd.
+    assert ptx.count("ld.global.v4.b32") == 8 and ptx.count("st.global.v4.b32") == 4
+    assert ptx.count("ld.global.b16") == 1 and "st.global.b16" not in ptx
 
 
 def test_choice_follows_the_device():

@@ -74,5 +74,5 @@ def triton_loss_and_gradient(
         VOCAB=vocab,
         WIDTH=width,
         SOFTCAP=softcap,
-        BLOCK=min(tiling.block, block_for(vocab, least=2)),
+        BLOCK=min(tiling.block, block_for(width, least=2)),
     )

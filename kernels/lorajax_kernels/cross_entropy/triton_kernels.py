@@ -24,7 +24,10 @@ def loss_and_gradient_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of WIDTH logits; grid (rows,). Those from VOCAB on, and a row of weight 0, stay as they are."""
+    """One row of WIDTH logits; grid (rows,). Those from VOCAB on get a gradient of 0.
+
+    A row of weight 0 stays as it is.
+    """
     row = tl.program_id(0)
     weight = tl.load(weights_ptr + row)
     if weight == 0:
@@ -38,8 +41,8 @@ def loss_and_gradient_kernel(
 
         top = tl.full([], _LOWEST, tl.float32)
         totals = tl.full([BLOCK], 0.0, tl.float32)  # added up across threads once, at the end
-        for start in tl.range(0, VOCAB, BLOCK):
-            z = _load(logits_ptr, start + place, VOCAB, SOFTCAP)
+        for start in tl.range(0, WIDTH, BLOCK):
+            z = _load(logits_ptr, start + place, VOCAB, WIDTH, SOFTCAP)
             new_top = tl.maximum(top, tl.max(z, 0))
             totals = totals * tl.exp2(top - new_top) + tl.exp2(z - new_top)
             top = new_top
@@ -47,15 +50,17 @@ def loss_and_gradient_kernel(
 
         loss = (lse - at_target) * _LN_2 * weight
         tl.store(losses_ptr + row, tl.where(is_index, loss, float("nan")))
-        for start in tl.range(0, VOCAB, BLOCK):
+        for start in tl.range(0, WIDTH, BLOCK):
             column = start + place
-            z = _load(logits_ptr, column, VOCAB, SOFTCAP)
+            z = _load(logits_ptr, column, VOCAB, WIDTH, SOFTCAP)
             gradient = tl.exp2(z - lse) - tl.where(column == target, 1.0, 0.0)
             if SOFTCAP is not None:
                 tanh = z / (SOFTCAP * _LOG2_E)
                 gradient *= 1 - tanh * tanh
+            if WIDTH != VOCAB:
+                gradient = tl.where(column < VOCAB, gradient, 0.0)
             gradient = gradient.to(logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + column, gradient, mask=column < VOCAB)
+            tl.store(logits_ptr + column, gradient, mask=column < WIDTH)
 
 
 @triton.jit
@@ -75,9 +80,12 @@ def loss_and_gradient_kernel_for_0_3(
 
 
 @triton.jit
-def _load(logits_ptr, column, VOCAB: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Logits to base 2, capped; _LOWEST after the end of the row."""
-    z = tl.load(logits_ptr + column, mask=column < VOCAB, other=0).to(tl.float32)
+def _load(logits_ptr, column, VOCAB: tl.constexpr, WIDTH: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Logits to base 2, capped; _LOWEST from VOCAB on.
+
+    Read to the end of the row: a mask that ends at an odd place would have each logit read by itself.
+    """
+    z = tl.load(logits_ptr + column, mask=column < WIDTH, other=0).to(tl.float32)
     return tl.where(column < VOCAB, _capped(z, SOFTCAP), _LOWEST)
 
 
