@@ -272,7 +272,11 @@ def main() -> None:
     )
     parser.add_argument("--folder", required=True, help="for results and logs")
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
-    parser.add_argument("--gpus", default="0", help="numbers, such as 0,1: a task each at a time")
+    parser.add_argument(
+        "--gpus",
+        default=os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+        help="numbers, such as 0,1: a task each at a time; otherwise the first that is visible",
+    )
     parser.add_argument("--minutes", type=float, default=120, help="after which all is stopped")
     for name in INPUTS:
         parser.add_argument(f"--{name}", help="see above")
