@@ -71,6 +71,11 @@ def compile_kernel() -> Callable[..., Any]:
     return compile_for
 
 
+@pytest.fixture(name="overwritten_in_flight")
+def _overwritten_in_flight() -> Callable[[str], set[str]]:
+    return overwritten_in_flight
+
+
 def overwritten_in_flight(ttgir: str) -> set[str]:
     """Buffers in shared memory that a loop copies into while a product that reads them may not be done.
 

@@ -1,4 +1,4 @@
-"""Launching Triton kernels: both spellings of jax-triton, what it needs of Triton, and what it does not."""
+"""Launching Triton kernels: both spellings of jax-triton, what it needs of Triton; a fault to search for."""
 
 import importlib
 import sys
@@ -144,3 +144,30 @@ def test_torch_that_is_there_already_stays(calls, looks_for_torch, monkeypatch):
 def test_a_triton_that_looks_at_arguments_in_another_way_is_left_alone(calls):
     calls("0.4.1", TMA_TF32=11)
     assert module._jax_triton()[1] == "out_type"
+
+
+# A loop as Triton compiles it for Hopper, less types: two blocks of %x are on their way before it begins.
+PIPELINED = """
+    %x = ttg.local_alloc : () -> !ttg.memdesc<{slots}x64x128xbf16>
+    %x_0 = ttg.memdesc_index %x[%c0] : ...
+    %0 = ttg.async_copy_global_to_local %p, %x_0 mask %m
+    %x_1 = ttg.memdesc_index %x[%c1] : ...
+    %1 = ttg.async_copy_global_to_local %p, %x_1 mask %m
+    %sum = scf.for %i = %c0 to %n step %c1 iter_args(%so_far = %zeros) -> (tensor<64x64xf32>) {{
+      %x_2 = ttg.memdesc_index %x[%here] : ...
+      %x_3 = ttg.memdesc_trans %x_2 : ...
+      %2 = ttng.warp_group_dot %x_3, %w, %so_far {{isAsync = true}} : ...
+      %3:2 = ttng.warp_group_dot_wait %2, %x_3 {{pendings = {pendings} : i32}} : ...
+      %x_4 = ttg.memdesc_index %x[%ahead] : ...
+      %4 = ttg.async_copy_global_to_local %q, %x_4 mask %m
+      scf.yield %3#0
+    }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("slots", "pendings", "expected"), ((2, 1, {"%x"}), (3, 1, set()), (3, 2, {"%x"}), (2, 0, set()))
+)
+def test_what_is_overwritten_in_flight_is_found(overwritten_in_flight, slots, pendings, expected):
+    ttgir = PIPELINED.format(slots=slots, pendings=pendings)
+    assert overwritten_in_flight(ttgir) == expected
