@@ -34,13 +34,17 @@ def interpreted() -> Callable[[str], ModuleType]:
     return load
 
 
+# Shared memory of a program, in KB.
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+
 @pytest.fixture(scope="session")
 def compile_kernel() -> Callable[..., Any]:
     """compile_kernel(kernel, capability, types, constants, num_warps, num_stages): the kernel for that GPU.
 
     capability is 80 for 8.0; types are Triton's ("*bf16", "i32") of the arguments that are not constants. The
-    result has asm["ptx"], asm["cubin"] and metadata.shared, the bytes of shared memory. No buffer is written
-    while it is read, see overwritten_in_flight.
+    result has asm["ptx"], asm["cubin"] and metadata.shared, the bytes of shared memory, of which the GPU has
+    enough. No buffer is written while it is read, see overwritten_in_flight.
     """
     triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -65,6 +69,7 @@ def compile_kernel() -> Callable[..., Any]:
         target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         compiled = triton.compile(source, target=target, options=options)
+        assert compiled.metadata.shared <= SHARED[capability] * 1024
         assert overwritten_in_flight(compiled.asm["ttgir"]) == set()
         return compiled
 

@@ -287,10 +287,6 @@ def test_parts_must_divide_the_query_heads():
         fused(EVEN, parts=2)(*arrays[:3], SEGMENT_IDS[:1, :16])
 
 
-# Of a program, in KB.
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
-
-
 @pytest.mark.parametrize(
     ("capability", "head_dim", "dtype"),
     (
@@ -341,7 +337,6 @@ def check_compiled(compile_kernel, name, capability, head_dim, dtype, parts=1, s
         if parts > 1:
             types |= {"dk_ptr": "*fp32", "dv_ptr": "*fp32"}
     compiled = compile_kernel(kernel, capability, types, settings, *compilation)
-    assert compiled.metadata.shared <= SHARED[capability] * 1024
     ptx = compiled.asm["ptx"]
     assert "cp.async.cg" in ptx  # loads run ahead
     half = {"bf16": "bf16", "fp16": "f16"}[dtype]

@@ -35,6 +35,7 @@ from lorajax_kernels.lora.products import should_join, sum_of_products
 from lorajax_kernels.lora.triton import (
     MIN_OUT,
     MOST_ADAPTERS,
+    MOST_COLUMNS,
     Columns,
     triton_hidden_and_b,
     triton_hidden_and_joined,
@@ -225,7 +226,7 @@ def _hidden_and_outputs(
             if adapter is not None
         ],
     )
-    at_once = options.kernels.hidden_and_joined if join else None
+    at_once = options.kernels.hidden_and_joined if join and width <= MOST_COLUMNS else None
     joined = None
     if _drop(present):
         u = _dropped(options, present).hidden(x, a, present, width)

@@ -61,6 +61,10 @@ MOST_ADAPTERS = 3
 TILING = Tiling(rows=64, columns=256, programs=132, num_warps=8, num_stages=3)
 
 
+# Of u, that the kernel of the forward pass makes at once.
+MOST_COLUMNS = 256
+
+
 @dataclass(frozen=True)
 class JoinTiling:
     """The same of the kernel of the forward pass; a program goes along the columns of its rows."""
@@ -71,8 +75,13 @@ class JoinTiling:
     num_stages: int
 
 
-# Of eleven tried on an H200 none was much faster, and none takes less shared memory.
-JOIN_TILING = JoinTiling(rows=64, columns=128, num_warps=8, num_stages=3)
+def join_tiling(rank: int) -> JoinTiling:
+    """For all columns of u: of eleven tried on an H200 with 64 none was much faster.
+
+    What it holds of x and A fits into the 99 KB of shared memory that there are on the smallest GPUs (compute
+    capability 8.6, 8.9 and 12.0).
+    """
+    return JoinTiling(rows=64, columns=128 if rank <= 64 else 64, num_warps=8, num_stages=3)
 
 
 def why_not(problem: Problem, device: Device) -> str | None:
@@ -176,10 +185,10 @@ def triton_hidden_sums(
 def triton_hidden_and_joined(
     x: Float[Array, "rows in"], a: Float[Array, "R in"], *, tiling: JoinTiling | None = None
 ) -> tuple[Float[Array, "rows R"], Float[Array, "rows joined"]]:
-    """u = x a^T in x's dtype, and x with u beside it; all of one dtype."""
+    """u = x a^T in x's dtype, and x with u beside it; all of one dtype, R up to MOST_COLUMNS."""
     triton_kernels = load_kernels("lorajax_kernels.lora.triton_kernels")
-    tiling = tiling or JOIN_TILING
     (rows, width), rank = x.shape, a.shape[0]
+    tiling = tiling or join_tiling(rank)
     return triton_call(
         triton_kernels.hidden_and_joined_kernel,
         *(x, a, rows),

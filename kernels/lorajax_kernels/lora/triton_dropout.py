@@ -37,7 +37,8 @@ def triton_dropped_hidden(
         width=width,
         tiling=tiling,
         out_shape=jax.ShapeDtypeStruct((rows, width), x.dtype),
-        grid=(len(adapters), -(-rows // tiling.rows)),
+        grid=(len(adapters) * -(-rows // tiling.rows),),
+        ADAPTERS=len(adapters),
         FILLED=block_for(max(width - sum(adapter.rank for adapter in adapters), 1)),
     )
 
@@ -85,7 +86,7 @@ def triton_dropped_added(
         width=du.shape[1],
         tiling=tiling,
         out_shape=jax.ShapeDtypeStruct(dx.shape, dx.dtype),
-        grid=(-(-inner // tiling.columns), -(-rows // tiling.rows)),
+        grid=(-(-inner // tiling.columns) * -(-rows // tiling.rows),),
         input_output_aliases={0: 0},
         ADAPTERS=len(adapters),
     )

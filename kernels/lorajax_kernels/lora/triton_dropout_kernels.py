@@ -19,19 +19,20 @@ def dropped_hidden_kernel(
     rank_2,
     width,
     u_ptr,
+    ADAPTERS: tl.constexpr,
     IN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     FILLED: tl.constexpr,
 ):
-    """Rows of one adapter's u, and with the first's the zeros; grid (adapters, cdiv(rows, BLOCK_ROWS)).
+    """Rows of one adapter's u, and with the first's the zeros; grid (ADAPTERS * cdiv(rows, BLOCK_ROWS),).
 
     x [rows, IN], a [at least the ranks, IN]; u [rows, width].
     """
-    number = tl.program_id(0)
+    number = tl.program_id(0) % ADAPTERS
     rank, left = _place(number, rank_0, rank_1, rank_2)
-    row = (tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)
+    row = (tl.program_id(0) // ADAPTERS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)
     column = tl.arange(0, BLOCK_R)
     u = tl.full([BLOCK_ROWS, BLOCK_R], 0.0, tl.float32)
     for start in tl.range(0, IN, BLOCK_IN):
@@ -105,12 +106,13 @@ def dropped_added_kernel(
     BLOCK_IN: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """A block of dx, over what was there; grid (cdiv(IN, BLOCK_IN), cdiv(rows, BLOCK_ROWS)).
+    """A block of dx, over what was there; grid (cdiv(IN, BLOCK_IN) * cdiv(rows, BLOCK_ROWS),).
 
     dx [rows, IN], du [rows, width], a [at least the ranks, IN].
     """
-    row = (tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)
-    inner = (tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN))[None, :]
+    strips: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
+    row = (tl.program_id(0) // strips * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)
+    inner = (tl.program_id(0) % strips * BLOCK_IN + tl.arange(0, BLOCK_IN))[None, :]
     column = tl.arange(0, BLOCK_R)
     place = row * IN + inner
     inside = (row < rows) & (inner < IN)

@@ -40,15 +40,14 @@ def hidden_and_b_kernel(
     hidden_ptr += strip.to(tl.int64) * rows * RANK
     first = piece * (BLOCKS_PER_PROGRAM * BLOCK_ROWS)
     for start in tl.range(first, tl.minimum(first + BLOCKS_PER_PROGRAM * BLOCK_ROWS, rows), BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        is_row = row[:, None] < rows
+        row = (start + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)
+        is_row = row < rows
         small = is_row & (rank[None, :] < RANK)
-        place = row[:, None].to(tl.int64) * OUT + column[None, :]
-        dy = tl.load(dy_ptr + place, mask=is_row & (column[None, :] < OUT), other=0)
-        u = tl.load(u_ptr + row[:, None] * U_WIDTH + rank[None, :], mask=small, other=0)
+        dy = tl.load(dy_ptr + row * OUT + column[None, :], mask=is_row & (column[None, :] < OUT), other=0)
+        u = tl.load(u_ptr + row * U_WIDTH + rank[None, :], mask=small, other=0)
         hidden = tl.dot(dy, b, input_precision="ieee")
         hidden = hidden.to(hidden_ptr.dtype.element_ty)
-        tl.store(hidden_ptr + row[:, None] * RANK + rank[None, :], hidden, mask=small)
+        tl.store(hidden_ptr + row * RANK + rank[None, :], hidden, mask=small)
         db = tl.dot(tl.trans(dy), u, db, input_precision="ieee")
     db_ptr += piece.to(tl.int64) * (OUT * RANK)
     tl.store(db_ptr + column[:, None] * RANK + rank[None, :], db, mask=weight)
@@ -112,7 +111,7 @@ def _sum_of_strips(p_ptr, strips, rank, rows, row, column):
     total = tl.full(place.shape, 0.0, tl.float32)
     for _strip in range(strips):
         total += tl.load(p_ptr + place, mask=inside, other=0).to(tl.float32)
-        place += rows * rank
+        place += tl.cast(rows, tl.int64) * rank
     return total
 
 
