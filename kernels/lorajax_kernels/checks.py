@@ -51,6 +51,11 @@ def check_dtype(op: str, kind: str, **arrays: Any) -> None:
             raise ValueError(f"{op}: {name} must be {kind}, got {array.dtype}")
 
 
+def at_least_int32(x: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """The same integers, in a dtype that bounds and differences fit: in int8 or uint8 these would wrap."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.int32))
+
+
 def check_not_empty(op: str, **arrays: Any) -> None:
     """Raise for an array without elements."""
     for name, array in arrays.items():
@@ -58,15 +63,28 @@ def check_not_empty(op: str, **arrays: Any) -> None:
             raise ValueError(f"{op}: {name} must have no axis of length 0, got shape {array.shape}")
 
 
+def check_arrays(op: str, **arrays: Any) -> None:
+    """Raise for what is no array."""
+    for name, array in arrays.items():
+        if not hasattr(array, "ndim"):
+            raise ValueError(f"{op}: {name} must be an array, got {type(array).__name__}")
+
+
+def check_number(op: str, name: str, number: Any, *, at_least: float = -_LARGEST) -> None:
+    """Raise unless it is a number, finite in float32, and not below `at_least`."""
+    if not (isinstance(number, numbers.Real) and abs(float(number)) <= _LARGEST):
+        raise ValueError(f"{op}: {name} must be a number, finite in float32, got {number}")
+    if number < at_least:
+        raise ValueError(f"{op}: {name} must be at least {at_least:g}, got {number}")
+
+
 def check_options(
     op: str, *, scale: float | None = None, softcap: float | None = None, **counts: int | None
 ) -> None:
     """Raise unless scale is finite, softcap too and positive, and each count 1, 2, ...; None passes."""
     for name, number in (("scale", scale), ("softcap", softcap)):
-        if number is None:
-            continue
-        if not (isinstance(number, numbers.Real) and abs(float(number)) <= _LARGEST):
-            raise ValueError(f"{op}: {name} must be a number, finite in float32, got {number}")
+        if number is not None:
+            check_number(op, name, number)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{op}: softcap must be positive, got {softcap}")
     for name, count in counts.items():

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lorajax_kernels.checks import check_dtype, check_number
+
 
 def rms_norm(
     x: Float[Array, "*rows D"], weight: Float[Array, " D"], *, epsilon: float
@@ -14,11 +16,13 @@ def rms_norm(
     Hugging Face's Llama.
 
     Args:
-        epsilon: added to the mean square.
+        epsilon: added to the mean square, at least 0.
 
     Raises:
-        ValueError: shapes do not fit together.
+        ValueError: shapes do not fit together, an array is not floating point, or epsilon is below 0.
     """
+    check_dtype("rms_norm", "floating point", x=x, weight=weight)
+    check_number("rms_norm", "epsilon", epsilon, at_least=0)
     if x.ndim < 1:
         raise ValueError(f"rms_norm: x must be [..., D], got shape {x.shape}")
     if weight.shape != x.shape[-1:]:
@@ -44,8 +48,9 @@ def rope(
         In x's dtype.
 
     Raises:
-        ValueError: H is odd, or shapes do not fit together.
+        ValueError: H is odd, shapes do not fit together, or an array is not floating point.
     """
+    check_dtype("rope", "floating point", x=x, cos=cos, sin=sin)
     if x.ndim != 4 or x.shape[3] % 2:
         raise ValueError(f"rope: x must be [B, T, N, H] with an even H, got shape {x.shape}")
     batch, length, _, head_dim = x.shape
@@ -59,7 +64,7 @@ def rope(
 
 
 def swiglu(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"]) -> Float[Array, "*rows F"]:
-    """silu(gate) * up (Shazeer, 2020); a ValueError unless they have one shape."""
+    """silu(gate) * up (Shazeer, 2020); a ValueError unless they are floating point and have one shape."""
     _check_up("swiglu", gate, up)
     return jax.nn.silu(gate) * up
 
@@ -67,11 +72,12 @@ def swiglu(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"]) -> Float[
 def geglu(
     gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], *, approximate: bool
 ) -> Float[Array, "*rows F"]:
-    """gelu(gate) * up (Shazeer, 2020), approximate: gelu by tanh; a ValueError unless they have one shape."""
+    """gelu(gate) * up (Shazeer, 2020), approximate: gelu by tanh; a ValueError as in swiglu."""
     _check_up("geglu", gate, up)
     return jax.nn.gelu(gate, approximate=approximate) * up
 
 
 def _check_up(op: str, gate: Array, up: Array) -> None:
+    check_dtype(op, "floating point", gate=gate, up=up)
     if up.shape != gate.shape:
         raise ValueError(f"{op}: up must have the shape of gate, {gate.shape}, got {up.shape}")

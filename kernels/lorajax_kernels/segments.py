@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from lorajax_kernels.checks import check_dtype, check_options, check_segments
+
 
 def bounds(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
     """First and one-past-last index of each token's segment.
@@ -18,7 +20,11 @@ def bounds(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array
     Returns:
         (k_start, q_end), int32 [B, T]: the query at t sees the keys k_start[t]..t, and the key at s is seen
         by the queries s..q_end[s]-1.
+
+    Raises:
+        ValueError: here and below, segment_ids are no integers [B, T].
     """
+    _check("bounds", segment_ids)
     length = segment_ids.shape[1]
     index = jnp.arange(length, dtype=jnp.int32)
     changes = _changes(segment_ids)
@@ -43,6 +49,7 @@ def lengths(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 def ranks(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Which segment of its row each token belongs to, counted from 0, int32."""
+    _check("ranks", segment_ids)
     return jnp.cumsum(jnp.pad(_changes(segment_ids), ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
 
 
@@ -53,7 +60,13 @@ def starts_and_lengths(
 
     A row of fewer segments ends in segments of length 0 that start at T. Of a row of more, those after the
     first M are left out; `jnp.max(ranks(segment_ids)) < max_segments` tells.
+
+    Raises:
+        ValueError: max_segments is not 1, 2, ...; in checked mode also for a row of more.
     """
+    _check("starts_and_lengths", segment_ids)
+    check_options("starts_and_lengths", max_segments=max_segments)
+    check_segments("starts_and_lengths", segment_ids, max_segments)
     batch, length = segment_ids.shape
     k_start, q_end = bounds(segment_ids)
     row, rank = jnp.arange(batch)[:, None], ranks(segment_ids)
@@ -67,3 +80,9 @@ def starts_and_lengths(
 def _changes(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T1"]:
     """Does another segment begin at the token after this one? T1 = T - 1."""
     return segment_ids[:, 1:] != segment_ids[:, :-1]
+
+
+def _check(op: str, segment_ids: Int[Array, "B T"]) -> None:
+    if len(segment_ids.shape) != 2:
+        raise ValueError(f"{op}: segment_ids must be [B, T], got shape {segment_ids.shape}")
+    check_dtype(op, "integers", segment_ids=segment_ids)

@@ -414,6 +414,13 @@ def test_cached_attention_names_options_without_a_meaning(options, message):
         cached({}, **options)
 
 
+@pytest.mark.parametrize("dtype", (np.int8, np.uint8, np.uint16))
+def test_cached_attention_takes_lengths_of_any_integers(dtype):
+    q, k, v, _ = qkv(4, 2)
+    run = functools.partial(cached_attention, q[:, :1], k, v, window=4)
+    np.testing.assert_array_equal(run(np.array([2, T], dtype)), run(np.array([2, T])))
+
+
 def test_cached_attention_takes_a_window_of_any_length():
     q, k, v, _ = qkv(4, 2)
     run = functools.partial(cached_attention, q[:, :1], k, v, np.array([3, T]))

@@ -342,3 +342,16 @@ def test_choice_follows_the_device():
     assert cross_entropy_implementations() == ("triton", "xla")
     with pytest.raises(ValueError, match="implementation 'triton' cannot serve: it writes .* float32"):
         choose_cross_entropy(jnp.float32, implementation="triton", device=hopper)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocab"), (("int8", 256), ("uint8", 256), ("uint16", 2**16), ("int16", 70_000))
+)
+def test_targets_of_any_integers(dtype, vocab):
+    """Of which the size of the vocabulary is none."""
+    x, head = jnp.ones((4, 3)), jnp.linspace(-1, 1, 3 * vocab).reshape(vocab, 3)
+    targets = np.array([0, 1, 2, 127])
+    expected = linear_cross_entropy(x, head, targets, jnp.ones(4))[0]
+    for function in (linear_cross_entropy, reference_linear_cross_entropy):
+        found = function(x, head, targets.astype(dtype), jnp.ones(4))[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)

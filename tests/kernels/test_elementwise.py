@@ -122,6 +122,19 @@ def test_rope_refuses_angles_that_do_not_fit(name, shape):
         rope(jnp.zeros((2, 6, 3, 8)), **angles)
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_integers_are_refused(name):
+    function, _, (first, second), _ = OPS[name]
+    with pytest.raises(ValueError, match="(x|gate) must be floating point, got int32"):
+        jax.eval_shape(function, jnp.zeros(first, jnp.int32), jnp.zeros(second))
+
+
+@pytest.mark.parametrize("epsilon", (-1e-5, float("nan"), None))
+def test_rms_norm_names_its_epsilon(epsilon):
+    with pytest.raises(ValueError, match=f"rms_norm: epsilon must be .* got {epsilon}"):
+        rms_norm(jnp.ones((4, 8)), jnp.ones(8), epsilon=epsilon)
+
+
 def test_rms_norm_of_large_halves_does_not_overflow():
     x = jnp.full((1, 8), 6e4, jnp.float16)
     np.testing.assert_array_equal(rms_norm(x, jnp.ones(8, jnp.float16), epsilon=1e-6), 1)

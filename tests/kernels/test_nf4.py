@@ -487,8 +487,12 @@ def test_refuses_other_arguments():
         dequantize_nf4(q, jnp.int32)
     with pytest.raises(ValueError, match=r"x must be \[..., in=128\] to fit q, got shape \(2, 6\)"):
         nf4_linear(jnp.zeros((2, 6)), q)
-    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got int32"):
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got half"):
+        dequantize_nf4(q, "half-ish")
+    with pytest.raises(ValueError, match="nf4_linear: x must be float32, bfloat16 or float16, got int32"):
         nf4_linear(jnp.zeros((2, 128), jnp.int32), q)
+    with pytest.raises(ValueError, match="unknown nf4_linear implementation 'fast'"):
+        nf4_linear(jnp.zeros((2, 128)), q, implementation="fast")
     with pytest.raises(ValueError, match="unknown dequantize_nf4 implementation 'fast'"):
         dequantize_nf4(q, implementation="fast")
 

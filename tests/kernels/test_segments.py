@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorajax_kernels import segments
+from lorajax_kernels import checked, segments
 from lorajax_kernels.attention import reference
 
 run = st.tuples(st.integers(0, 3), st.integers(1, 5))  # id, length
@@ -76,6 +76,25 @@ def test_reference_mask_agrees_with_dense_mask(segment_ids, window):
     near = index[:, None] - index < (window or len(index))
     for b, row in enumerate(segment_ids):
         np.testing.assert_array_equal(found[b], dense_mask(row) & near)
+
+
+@pytest.mark.parametrize("name", ("bounds", "positions", "lengths", "ranks", "starts_and_lengths"))
+def test_arguments_that_do_not_fit_are_named(name):
+    function, more = getattr(segments, name), (2,) if name == "starts_and_lengths" else ()
+    for shape in ((6,), (1, 2, 3)):
+        with pytest.raises(ValueError, match=rf"segment_ids must be \[B, T\], got shape \({shape[0]},"):
+            function(np.zeros(shape, np.int32), *more)
+    with pytest.raises(ValueError, match="segment_ids must be integers, got float32"):
+        function(np.zeros((2, 6), np.float32), *more)
+
+
+def test_more_segments_than_places_are_an_error_in_checked_mode():
+    ids = np.array([[1, 1, 2, 3]])
+    with pytest.raises(ValueError, match="starts_and_lengths: max_segments must be at least 1, got 0"):
+        segments.starts_and_lengths(ids, 0)
+    segments.starts_and_lengths(ids, 2)
+    with checked(), pytest.raises(ValueError, match="has 3 segments, more than max_segments=2"):
+        segments.starts_and_lengths(ids, 2)
 
 
 def test_bounds_of_a_packed_row():

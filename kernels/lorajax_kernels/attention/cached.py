@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lorajax_kernels.checks import check_dtype, check_lengths, check_not_empty, check_options
+from lorajax_kernels.checks import at_least_int32, check_dtype, check_lengths, check_not_empty, check_options
 from lorajax_kernels.precision import einsum
 
 
@@ -56,6 +56,7 @@ def cached_attention(
     batch, _, heads, head_dim = q.shape
     capacity, kv_heads = k_cache.shape[1:3]
     check_lengths("cached_attention", lengths, capacity)
+    lengths = at_least_int32(lengths)
     scale = head_dim**-0.5 if scale is None else scale
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     scores = einsum("bkgh,bskh->bkgs", grouped, k_cache.astype(q.dtype)) * scale

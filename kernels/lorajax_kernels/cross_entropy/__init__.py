@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lorajax_kernels.checks import check_dtype, check_not_empty, check_options, check_targets
+from lorajax_kernels.checks import at_least_int32, check_dtype, check_not_empty, check_options, check_targets
 from lorajax_kernels.cross_entropy import triton
 from lorajax_kernels.cross_entropy.xla import capped, losses, xla_loss_and_gradient
 from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
@@ -114,6 +114,7 @@ def linear_cross_entropy(
         implementation=choose_cross_entropy(x.dtype, implementation=implementation).name,
     )
     weights = weights.astype(jnp.float32)
+    targets = at_least_int32(targets)
     return _loss(plan, x, head, targets, weights), jax.lax.stop_gradient(jnp.sum(weights))
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lorajax_kernels.checks import at_least_int32
 from lorajax_kernels.precision import einsum
 
 
@@ -19,7 +20,7 @@ def reference_linear_cross_entropy(
     logits = einsum("nd,vd->nv", x.astype(jnp.float32), head.astype(jnp.float32))
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    index = jnp.clip(targets, 0, head.shape[0] - 1)
+    index = jnp.clip(at_least_int32(targets), 0, head.shape[0] - 1)
     logs = jnp.take_along_axis(jax.nn.log_softmax(logits), index[:, None], axis=1)[:, 0]
     weights = weights.astype(jnp.float32)
     return -jnp.sum(logs * weights), jnp.sum(weights)

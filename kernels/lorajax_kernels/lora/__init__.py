@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lorajax_kernels.checks import check_dtype
+from lorajax_kernels.checks import check_arrays, check_dtype, check_number
 from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
 from lorajax_kernels.lora import gradient, mosaic, triton
 from lorajax_kernels.lora.operands import Adapter
@@ -181,6 +183,7 @@ def swiglu_lora_linear(
     Raises:
         ValueError: as in lora_linears, or up does not fit gate.
     """
+    check_arrays(_GATED.op, gate=gate, up=up)
     if up.shape != gate.shape or up.dtype != gate.dtype:
         raise ValueError(
             f"swiglu_lora_linear: up must be {gate.dtype} of shape {gate.shape} to fit gate, "
@@ -206,12 +209,22 @@ def _linears(
 ) -> tuple[Array, ...]:
     weights, adapters, biases = tuple(weights), tuple(adapters), tuple(biases)
     _check(names, x, weights, adapters, biases, arrangement)
-    weight, epsilon = (None, 0.0) if norm is None else norm
-    if weight is not None and weight.shape != (x.shape[-1],):
-        raise ValueError(f"{names.op}: norm must be of [in={x.shape[-1]}], got shape {weight.shape}")
+    weight, epsilon = (None, 0.0) if norm is None else _checked_norm(names.op, norm, x.shape[-1])
     options = _options(names.op, x, weights, adapters, trainable_bias, arrangement, implementation, epsilon)
     ys = gradient.apply(options, x.reshape(-1, x.shape[-1]), weight, weights, adapters, biases)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def _checked_norm(op: str, norm: Any, width: int) -> tuple[Array, float]:
+    if not (isinstance(norm, tuple) and len(norm) == 2):
+        raise ValueError(f"{op}: norm must be (weight, epsilon), got {type(norm).__name__}")
+    weight, epsilon = norm
+    check_arrays(op, norm=weight)
+    check_dtype(op, "floating point", norm=weight)
+    check_number(op, "norm's epsilon", epsilon, at_least=0)
+    if weight.shape != (width,):
+        raise ValueError(f"{op}: norm must be of [in={width}], got shape {weight.shape}")
+    return weight, epsilon
 
 
 def _options(
@@ -251,6 +264,7 @@ def _check(
     arrangement: str,
 ) -> None:
     op = names.op
+    check_arrays(op, **{names.x: x})
     if x.ndim < 1 or x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         got = f"{x.dtype} of shape {x.shape}"
         raise ValueError(f"{op}: {names.x} must be [..., in] in float32, bfloat16 or float16, got {got}")
@@ -265,8 +279,12 @@ def _check(
     if not weights:
         raise ValueError(f"{op}: weights must hold at least one, got none")
     width = x.shape[-1]
+    if not width:
+        raise ValueError(f"{op}: {names.x} must have features, got shape {x.shape}")
     for i, (weight, adapter, bias) in enumerate(zip(weights, adapters, biases, strict=True)):
         name = names.weight.format(i)
+        if not isinstance(weight, NF4Weight):
+            check_arrays(op, **{name: weight})
         if len(weight.shape) != 2 or weight.shape[1] != width:
             raise ValueError(
                 f"{op}: {name} must be [out, in={width}] to fit {names.x}, got shape {weight.shape}"
@@ -285,10 +303,35 @@ def _check(
 def _check_adapter(op: str, name: str, adapter: Adapter, x: str, width: int, out: int) -> None:
     a, b, dropout = adapter.a, adapter.b, adapter.dropout
     where = f"{op}: {name}"
+    check_arrays(op, **{f"{name}a": a, f"{name}b": b})
     if a.ndim != 2 or a.shape[1] != width:
         raise ValueError(f"{where}a must be [R, in={width}] to fit {x}, got shape {a.shape}")
     if b.shape != (out, adapter.rank):
         raise ValueError(f"{where}b must be [out={out}, R={adapter.rank}] to fit a, got shape {b.shape}")
     check_dtype(op, "floating point", **{f"{name}a": a, f"{name}b": b})
+    check_number(op, f"{name}scale", adapter.scale)
+    check_number(op, f"{name}dropout", dropout)
     if not 0 <= dropout < 1:
         raise ValueError(f"{where}dropout must be at least 0 and below 1, got {dropout}")
+    if adapter.drops:
+        _check_key(op, f"{name}key", adapter.key)
+    if adapter.vector is not None:
+        _check_vector(where, adapter, adapter.vector)
+
+
+def _check_key(op: str, name: str, key: Any) -> None:
+    """Raise unless it is one key, or the words of one."""
+    check_arrays(op, **{name: key})
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not (key.ndim == 0 if typed else key.ndim == 1 and key.dtype == jnp.uint32):
+        raise ValueError(f"{op}: {name} must be one key of jax.random, got {key.dtype} of shape {key.shape}")
+
+
+def _check_vector(where: str, adapter: Adapter, vector: Array) -> None:
+    """Raise unless a and b lie within it, as kernels read it without looking."""
+    ends = adapter.a_start + adapter.a.size, adapter.b_start + adapter.b.size
+    if vector.ndim != 1 or vector.dtype != jnp.float32:
+        raise ValueError(f"{where}vector must be float32 [N], got {vector.dtype} of shape {vector.shape}")
+    if min(adapter.a_start, adapter.b_start) < 0 or max(ends) > vector.size:
+        places = f"a_start={adapter.a_start} and b_start={adapter.b_start}"
+        raise ValueError(f"{where}vector has {vector.size} elements, too few for a and b at {places}")

@@ -48,7 +48,7 @@ def xla_dropped_hidden(
         a: of all adapters, in x's dtype, and what fills it up.
     """
     parts = [
-        product("ri,ki->rk", drop(x, adapter), a[own])
+        product("ri,ki->rk", _seen(x, adapter), _gained(a[own], adapter))
         for own, adapter in zip(columns_of(adapters), adapters, strict=True)
     ]
     u = jnp.concatenate(parts, axis=1)
@@ -60,7 +60,7 @@ def xla_dropped_gradients(
 ) -> list[Float[Array, "R_i in"]]:
     """Of each A, float32."""
     return [
-        einsum("rk,ri->ki", du[:, own], drop(x, adapter))
+        _gained(einsum("rk,ri->ki", du[:, own], _seen(x, adapter)), adapter)
         for own, adapter in zip(columns_of(adapters), adapters, strict=True)
     ]
 
@@ -73,7 +73,7 @@ def xla_dropped_added(
 ) -> Float[Array, "rows in"]:
     """dx, and what flows back through the adapters."""
     for own, adapter in zip(columns_of(adapters), adapters, strict=True):
-        dx = dx + drop(product("rk,ki->ri", du[:, own], a[own]), adapter)
+        dx = dx + _seen(product("rk,ki->ri", du[:, own], _gained(a[own], adapter)), adapter)
     return dx
 
 
@@ -85,9 +85,17 @@ def drop(x: Float[Array, "rows in"], adapter: Adapter) -> Float[Array, "rows in"
 
     The map is linear in x, and its own transpose.
     """
-    if not adapter.drops:
-        return x
-    return jnp.where(kept(seed_of(adapter), x.shape), x / (1 - adapter.dropout), 0).astype(x.dtype)
+    return _gained(_seen(x, adapter), adapter)
+
+
+def _seen(x: Float[Array, "rows columns"], adapter: Adapter) -> Float[Array, "rows columns"]:
+    """x with those zeros, and values as they are: in float16 larger ones may overflow."""
+    return jnp.where(kept(seed_of(adapter), x.shape), x, 0) if adapter.drops else x
+
+
+def _gained(x: Float[Array, "*shape"], adapter: Adapter) -> Float[Array, "*shape"]:
+    """x times what makes up for the zeros, rounded once."""
+    return (x.astype(jnp.float32) / (1 - adapter.dropout)).astype(x.dtype) if adapter.drops else x
 
 
 def seed_of(adapter: Adapter) -> UInt32[Array, " 3"]:

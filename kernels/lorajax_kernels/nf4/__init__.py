@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -222,7 +223,10 @@ def nf4_linear(
     _check("nf4_linear", q)
     if x.ndim < 1 or x.shape[-1] != q.shape[1]:
         raise ValueError(f"nf4_linear: x must be [..., in={q.shape[1]}] to fit q, got shape {x.shape}")
-    return _linear(implementation, x, q)
+    check_dtype("nf4_linear", "float32, bfloat16 or float16", x=x)
+    problem = Problem(q.shape, x.dtype)
+    choice = choose("nf4_linear", _IMPLEMENTATIONS, problem, implementation=implementation)
+    return _linear(choice.name, x, q)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -253,7 +257,8 @@ def _dequantize_for(x: Array, q: NF4Weight, implementation: str) -> tuple[Array,
 
 
 def _output_dtype(q: NF4Weight, dtype: Any) -> jnp.dtype:
-    dtype = q.dtype if dtype is None else jnp.dtype(dtype)
+    with contextlib.suppress(TypeError):  # what is no dtype stays what it is
+        dtype = q.dtype if dtype is None else jnp.dtype(dtype)
     if dtype not in _DTYPES:
         raise ValueError(f"dequantize_nf4: dtype must be float32, bfloat16 or float16, got {dtype}")
     return dtype
