@@ -25,7 +25,7 @@ import yaml
 
 from lorajax.errors import UserError
 from lorajax.lora.config import LoRAConfig
-from lorajax.memory.policy import ACTIONS, MADE_IN_CHUNKS, PRESETS, Policy
+from lorajax.memory.policy import ACTIONS, MADE_IN_CHUNKS, MOST_MLP_CHUNKS, PRESETS, Policy
 
 
 @dataclass(frozen=True)
@@ -356,6 +356,8 @@ def _problems(config: Config) -> Iterator[str]:
     if model.quantization is not None:
         yield f"model.quantization is {model.quantization!r}, which is not supported; set it to null"
     yield from _memory_problems(config.memory)
+    if (config.memory.mlp_chunks or 1) > config.data.max_length:
+        yield f"memory.mlp_chunks is {config.memory.mlp_chunks}, rows have {config.data.max_length} tokens"
     if train.max_steps != -1 and train.max_steps < 1:
         yield f"train.max_steps must be at least 1, or -1 to train by epochs, not {train.max_steps}"
     if train.max_steps == -1 and train.num_train_epochs < 1:
@@ -390,8 +392,8 @@ def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
                 parse_size(text)
             except ValueError as error:
                 yield f"{key} {error}"
-    if memory.mlp_chunks is not None and memory.mlp_chunks < 1:
-        yield f"memory.mlp_chunks must be at least 1, not {memory.mlp_chunks}"
+    if memory.mlp_chunks is not None and not 1 <= memory.mlp_chunks <= MOST_MLP_CHUNKS:
+        yield f"memory.mlp_chunks must be in 1..{MOST_MLP_CHUNKS}, not {memory.mlp_chunks}"
     if (memory.mlp_chunks or 1) > 1 and isinstance(memory.checkpointing, dict):
         for name in MADE_IN_CHUNKS:
             if memory.checkpointing.get(name, "recompute") != "recompute":

@@ -487,7 +487,8 @@ def test_missing_required_keys(tmp_path):
         ("lora", ["target_modules: []"], "run.yaml:8: lora.target_modules is empty"),
         ("data", ["max_length: 1"], "run.yaml:5: data.max_length must be at least 2, not 1"),
         ("data", ["max_segments: 0"], "data.max_segments must be at least 1, not 0"),
-        ("memory", ["mlp_chunks: 0"], "memory.mlp_chunks must be at least 1, not 0"),
+        ("memory", ["mlp_chunks: 0"], "memory.mlp_chunks must be in 1..64, not 0"),
+        ("memory", ["mlp_chunks: 65"], "memory.mlp_chunks must be in 1..64, not 65"),
         (
             "memory",
             ["mlp_chunks: 2", "checkpointing: {up: save}"],
@@ -560,6 +561,11 @@ def test_missing_required_keys(tmp_path):
 )
 def test_values_that_make_no_sense(tmp_path, section, lines, expected):
     assert expected in message(tmp_path, in_section(section, *lines))
+
+
+def test_an_mlp_has_no_more_parts_than_a_row_has_tokens(tmp_path):
+    flags = "--memory.mlp_chunks=17", "--data.max_length=16"
+    assert "memory.mlp_chunks is 17, rows have 16 tokens" in message(tmp_path, MINIMAL, *flags)
 
 
 @pytest.mark.parametrize(

@@ -69,5 +69,8 @@ def memory_of(compiled: Any) -> Memory:
 
 
 def gib(size: int) -> str:
-    """As plans write it."""
-    return f"{size / 2**30:.2f}G"
+    """As plans write it; what would be 0.00G in MiB or KiB."""
+    for unit, power in (("G", 30), ("M", 20), ("K", 10)):
+        if size >= 0.005 * 2**power:
+            return f"{size / 2**power:.2f}{unit}"
+    return "0.00G"

@@ -6,8 +6,8 @@ requests from a JSON file and writes a line of JSON for each as soon as it is co
 
 What differs from the GPU's own program: kernels of libraries are stood in for by calls of the same operands,
 results and workspace (lorajax_kernels.device.assume), and ways to multiply are not timed. cuBLAS makes the
-products here and there. In 36 of 37 cases for an H200 the program that is compiled elsewhere takes at most
-8 KB less than the GPU's own, in the last 0.3 MB less (benchmarks/results/prediction-h200.json).
+products here and there. In 35 of 37 cases for an H200 the program that is compiled elsewhere takes at most
+8 KB less than the GPU's own, in the others within 1.9 MB (benchmarks/results/prediction-h200.json).
 """
 
 from __future__ import annotations

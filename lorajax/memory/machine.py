@@ -34,6 +34,8 @@ _NOTED = 2**28
 _OTHERS = 2**30
 # Of the products and copies that rates are measured with, see measure_rates.
 _MEASURED = {"matrix": 8192, "copied": 2**28}
+# Of XLA's pool of pinned host memory, which all GPUs of a process share, in GiB; and what it is otherwise.
+_HOST_POOL, _HOST_POOL_DEFAULT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64
 _FRACTION = "XLA_CLIENT_MEM_FRACTION"
 _OLD_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -42,8 +44,11 @@ _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 def claim_gpu_memory(budget: str | None) -> None:
     """Let JAX take what is free on the GPU, or the budget; to be called before JAX starts.
 
-    JAX alone takes 75% of a GPU, whatever other processes have left. A fraction in the environment stays.
+    JAX alone takes 75% of a GPU, whatever other processes have left, and at most 64 GiB of pinned memory of
+    the host. What the environment says of either stays.
     """
+    if not _jax_has_started():
+        os.environ.setdefault(_HOST_POOL, str(max(_free_host_memory() // 2**30, 1)))
     if _FRACTION in os.environ or _OLD_FRACTION in os.environ:
         return
     if (memory := _gpu_memory()) is not None:
@@ -57,6 +62,13 @@ def claim_gpu_memory(budget: str | None) -> None:
                 fraction * total / 2**30,
             )
         os.environ[_FRACTION] = f"{fraction:.4f}"
+
+
+def _jax_has_started() -> bool:
+    """Whether what the environment says comes too late; JAX says that in private alone."""
+    from jax._src import xla_bridge
+
+    return bool(xla_bridge.backends_are_initialized())
 
 
 def claimed_fraction(total: int, free: int, budget: str | None) -> float:
@@ -119,8 +131,12 @@ def _gpu_memory_left() -> tuple[int, int] | None:
 
 
 def host_limit(budget: str | None) -> int:
-    """Bytes of host memory that activations of one GPU may take: half of what is free, shared by the GPUs."""
-    available = _free_host_memory() // 2
+    """Bytes of host memory that activations of one GPU may take: half of what is free, shared by the GPUs.
+
+    And no more than XLA's pool has, which is as large as it was told to be before JAX started.
+    """
+    pool = int(os.environ.get(_HOST_POOL, _HOST_POOL_DEFAULT)) * 2**30
+    available = min(_free_host_memory() // 2, pool)
     return (available if budget is None else min(available, parse_size(budget))) // jax.local_device_count()
 
 

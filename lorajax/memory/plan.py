@@ -304,9 +304,11 @@ def check_picture(path: str | Path) -> None:
         raise UserError("a picture needs matplotlib: pip install 'lorajax[plan]'") from None
 
     path, kinds = Path(path), Figure().canvas.get_supported_filetypes()
+    if path.is_dir():
+        raise UserError(f"{path} cannot be drawn: it is a folder; name a file in it")
     if not path.parent.is_dir():
         raise UserError(f"{path} cannot be drawn: there is no folder {path.parent}; make it first")
-    if path.suffix and path.suffix[1:].lower() not in kinds:
+    if path.suffix[1:].lower() not in kinds:
         raise UserError(f"{path} cannot be drawn: it must end in one of {', '.join(kinds)}")
 
 

@@ -107,9 +107,10 @@ class Problem:
 
     def chunks(self, work: Workload, policy: Policy) -> Sequence[int]:
         """Those that may be chosen with a policy; more than one only where rows cannot be taken apart."""
+        kept = any(layer.keeps(*MADE_IN_CHUNKS) for layer in policy.layers)
         if self.mlp_chunks is not None:
-            return [self.mlp_chunks]
-        if work.rows > 1 or any(layer.keeps(*MADE_IN_CHUNKS) for layer in policy.layers):
+            return [] if kept and self.mlp_chunks > 1 else [self.mlp_chunks]
+        if work.rows > 1 or kept:
             return [1]
         return [1, *(chunks for chunks in CHUNKS if work.length // chunks >= LEAST_CHUNK)]
 

@@ -31,6 +31,8 @@ _SMALL = frozenset({"attention_lse", "lora_hidden"})
 
 # What an MLP in parts of a row never keeps.
 MADE_IN_CHUNKS = ("gate", "up")
+# As many parts at most: each is traced and compiled by itself.
+MOST_MLP_CHUNKS = 64
 
 Action = Literal["save", "offload", "recompute"]
 ACTIONS: tuple[Action, ...] = ("save", "offload", "recompute")

@@ -22,11 +22,17 @@ _SHORTEST = 16
 
 
 def refusal(plan: Plan) -> str:
-    """Why the chosen layout cannot run, and what can."""
+    """Why the chosen layout cannot run, and what can; and what is known to be better on that GPU."""
+    return "\n".join(filter(None, (_refusal(plan), plan.advice)))
+
+
+def _refusal(plan: Plan) -> str:
     fixed = sum(plan.options[0].device[:3])
     if fixed > plan.budget:
-        ceiling = plan.ceilings[0]
-        larger = "raise memory.budget" if ceiling is None or ceiling >= fixed else "take a larger GPU"
+        ceiling, least = plan.ceilings[0], plan.size(_smallest(plan)[0])
+        larger = "take a larger GPU"
+        if ceiling is None or ceiling >= least:
+            larger = f"raise memory.budget, to {_at_least(least)} or more"
         return (
             f"weights, adapters and optimizer alone take {gib(fixed)} of {plan.device}, the budget is "
             f"{gib(plan.budget)}; {larger}, or take a smaller model"
@@ -54,7 +60,9 @@ def _nothing_fits(plan: Plan) -> str:
     """By which budget."""
     smallest, least_host = _smallest(plan)
     if least_host is None:
-        short = "memory.budget is short, the smallest layout takes"
+        whole = plan.ceilings[0] is not None and plan.budget >= plan.ceilings[0]
+        short = "the GPU is too small" if whole else "memory.budget is short"
+        short += ", the smallest layout takes"
         more = f" and {gib(smallest.host)} of host memory" if smallest.host else ""
     else:
         short = "memory.host_budget is short, the smallest layout within it takes"
@@ -144,7 +152,7 @@ def _raised(plan: Plan, option: Estimate) -> str | None:
 
 
 def _shorter_rows(plan: Plan) -> Iterator[str]:
-    """The longest of half, a quarter, ... of the tokens that fit."""
+    """Half, a quarter, ... of the tokens, as far as that fits."""
     problem, asked = plan.problem, plan.chosen.layout
     if problem is None:
         return
@@ -159,18 +167,21 @@ def _shorter_rows(plan: Plan) -> Iterator[str]:
         moved = map(_corrections(plan, length / whole), found)
         if best := next(filter(there.fits, moved), None):
             yield _offer(there, best, f"--data.max_length {length}")
-            return
 
 
 def _corrections(plan: Plan, share: float = 1.0) -> Callable[[Estimate], Estimate]:
-    """For new estimates: they are off by a share of what that of the chosen layout was."""
+    """For new estimates: they are off by a share of what that of the chosen layout was.
+
+    Where that took more than was estimated, by all of it: what was not thought of may not depend on the rows.
+    """
     assert plan.problem is not None
     before, chosen = estimate(plan.problem, plan.chosen.layout), plan.chosen
     off = chosen.device.total - before.device.total
     away = chosen.host / before.host if before.host else 1.0
 
     def corrected(option: Estimate) -> Estimate:
-        return option.corrected(int(off * option.layout.rows / chosen.layout.rows * share), away)
+        scaled = int(off * option.layout.rows / chosen.layout.rows * share)
+        return option.corrected(max(scaled, off) if off > 0 else scaled, away)
 
     return corrected
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import time
@@ -54,6 +55,11 @@ from lorajax.training.progress import NotFinite, Progress, Totals
 from lorajax.training.signals import StopRequest
 from lorajax.training.step import TrainState
 from lorajax.training.weights import Weights, count, give_back_adapters, merge_weights, split_weights
+
+_log = logging.getLogger("lorajax")
+
+# In a checkpoint, beside the identity: see Inputs.drawn_by.
+_DRAWN_BY = "micro-batches and parts of an MLP"
 
 
 @dataclass(frozen=True)
@@ -244,6 +250,8 @@ def _train(
     step = 0 if position is None else position.step
     if program is None:
         return _Trained(state, step, Totals(), None, None)
+    if position is not None:
+        _note_other_masks(position, inputs)
     with contextlib.ExitStack() as stack:
         trainable = count(state.trainable)
         total_parameters = trainable + count(frozen)
@@ -277,13 +285,26 @@ def _train(
                 if evaluates:
                     evaluate(step, state)
                 if saves:
-                    checkpoints.save(state, Position(step, batch.position, inputs.identity))
+                    identity = {**inputs.identity, _DRAWN_BY: inputs.drawn_by}
+                    checkpoints.save(state, Position(step, batch.position, identity))
                 progress.restart_clock()
             if last:
                 break
             batch = next(batches)
     stopped_by = None if step == total else stop.signal
     return _Trained(state, step, progress.totals, stopped_by, None if plan is None else plan.most)
+
+
+def _note_other_masks(position: Position, inputs: Inputs) -> None:
+    """Say so where dropout does not go on as in a run that was never stopped."""
+    before = position.identity.get(_DRAWN_BY, inputs.drawn_by)
+    if inputs.config.lora.dropout and before != inputs.drawn_by:
+        _log.warning(
+            "the checkpoint's run had %d micro-batches and MLPs in %d parts, this one has %d and %d: from "
+            "here dropout's masks are others than it would have had",
+            *before,
+            *inputs.drawn_by,
+        )
 
 
 def _load_model(inputs: Inputs) -> Decoder:

@@ -119,6 +119,11 @@ class Inputs(RunShape):
         return self.documents.train.context
 
     @property
+    def drawn_by(self) -> list[int]:
+        """What dropout's masks depend on besides `identity`: micro-batches, and parts of an MLP."""
+        return [self.micro_batches, self.layout.mlp_chunks]
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What must stay the same for a run to go on exactly from a checkpoint."""
         data, train, lora = self.config.data, self.config.train, self.config.lora

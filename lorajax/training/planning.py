@@ -81,6 +81,8 @@ def plan_memory(
         return _plan_elsewhere(config, find_target(device), compiles, estimated)
     # As a run does, before JAX starts.
     claim_gpu_memory(config.memory.budget)
+    if gpu_limit(None) is None:
+        raise UserError(f"there is no GPU at hand; name one with --device: {', '.join(TARGETS)}")
     use_compilation_cache()
     return _plan_here(config, compiles, estimated)
 
@@ -88,8 +90,7 @@ def plan_memory(
 def _plan_here(config: Config, compiles: bool, estimated: Callable[[Plan], None] | None) -> Plan:
     model = _checked_outline(config)
     plan, run = planned(RunShape(config=config, mesh=data_mesh(), total_steps=1000), model)
-    if plan is None:
-        raise UserError(f"there is no GPU at hand; name one with --device: {', '.join(TARGETS)}")
+    assert plan is not None  # there is a GPU
     if not compiles:
         return accepted(_estimated_answers(plan, config.output, model)[0])
     if estimated is not None:

@@ -108,7 +108,7 @@ def test_a_stand_in_has_the_operands_results_and_aliases_of_the_kernel():
 
 @pytest.mark.slow
 @needs_plugin
-@pytest.mark.parametrize("name", ["t4", "a100-40gb", "h100"])
+@pytest.mark.parametrize("name", ["t4", "l4", "a100-40gb", "h100"])
 def test_steps_compile_for_gpus_that_are_not_here(name, config_of):
     config = config_of(
         model__dtype="float16" if name == "t4" else "bfloat16", train__gradient_accumulation_steps=2
@@ -315,6 +315,8 @@ def test_the_estimate_is_printed_before_anything_is_compiled(config_of, monkeypa
     [
         ("none/plan.png", "plan.png cannot be drawn: there is no folder .*none; make it first"),
         ("plan.docx", "plan.docx cannot be drawn: it must end in one of .*png"),
+        ("plan", "plan cannot be drawn: it must end in one of .*png"),
+        ("", "cannot be drawn: it is a folder; name a file in it"),
     ],
 )
 def test_a_picture_that_cannot_be_drawn_is_refused_at_once(picture, message, monkeypatch, tmp_path):

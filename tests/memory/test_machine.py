@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +106,32 @@ def test_the_fullest_gpu_decides(gpus):
     assert machine.gpu_limit(None) == 48 * GIB
     gpus((10 * GIB, 10 * GIB), (10 * GIB, 0))
     assert machine.gpu_limit(None) == 0
+
+
+def test_pinned_host_memory_is_as_much_as_jax_is_told_of_before_it_starts(monkeypatch):
+    """XLA's pool has 64 GiB otherwise."""
+    name = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+    monkeypatch.setenv(name, "1")  # so that it is put back
+    monkeypatch.delenv(name)
+    monkeypatch.setattr(machine, "_free_host_memory", lambda: 400 * GIB + 1)
+    monkeypatch.setattr(machine, "_gpu_memory", lambda: None)
+    monkeypatch.setattr(machine, "_jax_has_started", lambda: True)
+    machine.claim_gpu_memory(None)
+    assert name not in machine.os.environ and machine.host_limit("100GiB") == 64 * GIB
+    monkeypatch.setattr(machine, "_jax_has_started", lambda: False)
+    machine.claim_gpu_memory(None)
+    assert machine.os.environ[name] == "400" and machine.host_limit("100GiB") == 100 * GIB
+    assert machine.host_limit(None) == 200 * GIB
+    monkeypatch.setenv(name, "8")
+    machine.claim_gpu_memory(None)
+    assert machine.host_limit("100GiB") == 8 * GIB
+
+
+def test_whether_jax_has_started_is_known():
+    imports = "import jax; from lorajax.memory.machine import _jax_has_started as started"
+    script = f"{imports}; before = started(); jax.devices(); print(before, started())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
 
 
 @pytest.fixture

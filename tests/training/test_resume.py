@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import logging
 import os
 import random
 import resource
@@ -157,6 +158,19 @@ def test_a_run_that_was_stopped_goes_on_exactly(
     assert len(restores) == 1 and (kind != "full" or restores[0] < len(weights(alone.output_dir)) / 2)
     assert exact_metrics(complete.output_dir) == expected
     assert weights(complete.output_dir) == weights(alone.output_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", (0.0, 0.2))
+def test_another_layout_is_named_where_dropout_depends_on_it(dropout, quick_config, stop_in_step, caplog):
+    config = quick_config(lora={"dropout": dropout}, train={"max_steps": 3})
+    stop_in_step(2)
+    fit(config)
+    cut = dataclasses.replace(config, memory=dataclasses.replace(config.memory, mlp_chunks=2))
+    with caplog.at_level(logging.WARNING, "lorajax"):
+        assert fit(resumed(cut)).steps == 3
+    said = [message for message in caplog.messages if "dropout" in message]
+    assert len(said) == (dropout > 0) and all("MLPs in 1 parts, this one has 1 and 2" in one for one in said)
 
 
 @pytest.mark.slow
