@@ -164,6 +164,8 @@ def check_attention(implementation, heads, head_dim, dtype, options, segment_ids
         ((4, 2), 256, "bfloat16", ()),
         ((8, 2), 128, "bfloat16", (("window", 100),)),
         ((8, 2), 128, "bfloat16", (("softcap", 5.0),)),
+        ((8, 2), 128, "bfloat16", (("window", 100), ("softcap", 5.0))),
+        ((8, 2), 128, "bfloat16", (("scale", -0.1),)),
     ),
 )
 def test_attention_of_uneven_segments(implementation, heads, head_dim, dtype, options, figure):
@@ -329,6 +331,40 @@ def test_linear_cross_entropy_at_real_size(softcap, trainable_head, vocabulary, 
             " ".join(f"{error:.1e}" for error in errors),
         )
         assert errors[0] <= 1e-5 and max(errors[1:]) <= TOLERANCES["bfloat16"]
+
+
+@pytest.mark.parametrize("implementation", cross_entropy_implementations())
+def test_linear_cross_entropy_of_more_than_2_to_the_31_elements(implementation):
+    """Only the last rows count: loss and gradient are those of these rows alone."""
+    needing(30)
+    rows, features, vocabulary, last = 2**20 + 1024, 2048, 1024, 1024
+    assert rows * features > 2**31
+    try:
+        choose_cross_entropy(jnp.bfloat16, implementation=implementation)
+    except ValueError as error:
+        pytest.skip(str(error))
+    x, head = random_arrays([(rows, features), (vocabulary, features)], jnp.bfloat16)
+    head = head / features**0.5
+    counted = jax.random.randint(jax.random.key(0), (last,), 0, vocabulary)
+
+    @jax.jit
+    def run(x, head, counted):
+        others = x.shape[0] - last
+        targets = jnp.pad(counted, (others, 0), constant_values=-100)
+        weights = jnp.pad(jnp.ones(last), (others, 0))
+
+        def loss(x):
+            return linear_cross_entropy(x, head, targets, weights, implementation=implementation)[0]
+
+        # Otherwise XLA makes no more than what is looked at.
+        value, dx = jax.lax.optimization_barrier(jax.value_and_grad(loss)(x))
+        return value, dx[-last:], jnp.any(dx[:-last] != 0)
+
+    value, dx, others = run(x, head, counted)
+    expected_value, expected, _ = run(x[-last:], head, counted)
+    assert not others
+    assert float(value) == pytest.approx(float(expected_value), rel=1e-5)
+    assert relative(dx, expected) <= TOLERANCES["bfloat16"]
 
 
 def test_kernels_that_write_over_operands_that_are_slices(figure):
@@ -516,6 +552,69 @@ def test_layers_with_adapters(
         " ".join(f"{error:.1e}" for error in errors),
     )
     assert max(errors) <= TOLERANCES[dtype]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def layers_of_last_rows(implementation, dropout, x, weights, trained, dys):
+    """Both passes of layers of which only the last rows have a gradient.
+
+    Returns the last rows of ys and dx, and all of the adapters' gradients; then whether dx has others.
+    """
+    last = dys[0].shape[0]
+
+    def layers(x, trained):
+        keys = jax.random.split(jax.random.key(0), len(trained))
+        adapters = [Adapter(a, b, 0.5, dropout, key) for (a, b), key in zip(trained, keys, strict=True)]
+        return lora_linears(x, weights, adapters, implementation=implementation)
+
+    ys, vjp = jax.vjp(layers, x, trained)
+    gradients = vjp(tuple(jnp.pad(dy, ((x.shape[0] - last, 0), (0, 0))) for dy in dys))
+    # Otherwise XLA makes no more than what is looked at.
+    ys, (dx, dtrained) = jax.lax.optimization_barrier((ys, gradients))
+    return [*(y[-last:] for y in ys), dx[-last:], *jax.tree.leaves(dtrained)], jnp.any(dx[:-last] != 0)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dropout", "rows", "features", "outs"),
+    (
+        *((name, 0.0, 2**20 + 2048, 2048, (2048, 4096)) for name in lora_implementations()),
+        *(
+            (name, 0.1, *sizes)
+            for name in lora_implementations()
+            if name != "xla"
+            # Then more than the 65,535 blocks of 64 rows that a grid's second axis could hold.
+            for sizes in ((2**20 + 2048, 2048, (2048, 4096)), (2**22 + 2048, 512, (1024, 1024)))
+        ),
+    ),
+)
+def test_layers_with_adapters_on_more_than_2_to_the_31_elements(
+    implementation, dropout, rows, features, outs
+):
+    """Only the last rows have a gradient: it and all sums are those of these rows alone.
+
+    With dropout these rows alone would have other masks, and all is compared with XLA's.
+    """
+    needing(60)
+    serving_lora(implementation)
+    ranks, last = (32, 64), 1024
+    assert rows * features > 2**31
+    x, *rest = random_arrays(
+        [(rows, features), *((out, features) for out in outs), *((last, out) for out in outs)], jnp.bfloat16
+    )
+    weights, dys = [weight / features**0.5 for weight in rest[: len(outs)]], tuple(rest[len(outs) :])
+    shapes = [
+        shape for out, rank in zip(outs, ranks, strict=True) for shape in ((rank, features), (out, rank))
+    ]
+    parts = [array / array.shape[1] ** 0.5 for array in random_arrays(shapes, jnp.float32)]
+    arguments = weights, list(zip(parts[::2], parts[1::2], strict=True)), dys
+    found, others = layers_of_last_rows(implementation, dropout, x, *arguments)
+    if dropout:
+        expected, _ = layers_of_last_rows("xla", dropout, x, *arguments)
+    else:
+        expected, _ = layers_of_last_rows(implementation, dropout, x[-last:], *arguments)
+    assert not others
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a, b) <= TOLERANCES["bfloat16"]
 
 
 def parts_of_a_vector(adapters: list[Adapter]) -> list[Adapter]:

@@ -21,7 +21,9 @@ from lorajax_kernels.device import Device
 # A JAX that is not known yet is refused, and then there is nothing to test with it.
 known_jax = pytest.mark.skipif(cudnn._why_not_this_jax(False) is not None, reason="this JAX is not known")
 HOPPER = Device("a Hopper GPU", (9, 0), cudnn_version=91900)
-PROBLEM = Problem(2, 256, 4, 4, 64, jnp.dtype(jnp.bfloat16), window=None, softcap=None, max_segments=5)
+PROBLEM = Problem(
+    *(2, 256, 4, 4, 64, jnp.dtype(jnp.bfloat16)), window=None, softcap=None, max_segments=5, scale=0.1
+)
 HEADS = (4, 2) if jax.__version_info__ >= (0, 11) else (4, 4)  # older ones misplace grouped keys
 # Two, four and five segments on a row.
 SEGMENT_IDS = np.stack(
@@ -244,10 +246,26 @@ def test_says_why_it_cannot_serve(monkeypatch):
     assert "not 60" in why_not(head_dim=60)
     assert "not 264" in why_not(head_dim=264)
     assert "softcap" in why_not(softcap=30.0)
+    assert "positive scales alone, not 0.0" in why_not(scale=0.0)
+    assert "positive scales alone, not -0.1" in why_not(scale=-0.1)
     assert "max_segments" in why_not(max_segments=None)
     largest = {"batch": 64, "length": 8192, "heads": 32, "kv_heads": 2, "head_dim": 128}
     assert "q has 2,147,483,648 elements" in why_not(**largest)
     assert why_not(**largest | {"length": 8064}) is None
+
+
+@pytest.mark.parametrize("scale", (0, 0.0, -0.1))
+def test_auto_goes_on_to_triton_where_the_scale_is_not_positive(scale, monkeypatch):
+    """One document and padding, heads of 128: otherwise cuDNN comes first."""
+    monkeypatch.setattr(cudnn, "_why_not_this_jax", lambda is_grouped: None)
+    q = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)
+    segment_ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    choose = functools.partial(choose_attention, q, q, q, segment_ids, max_segments=2, device=HOPPER)
+    assert choose().name == choose(scale=0.1).name == "cudnn"
+    name, refused = choose(scale=scale)
+    assert name == "triton" and list(refused) == ["cudnn"] and "positive scales" in refused["cudnn"]
+    with pytest.raises(ValueError, match="'cudnn' cannot serve: it is tried with positive scales alone"):
+        choose(scale=scale, implementation="cudnn")
 
 
 @known_jax

@@ -386,7 +386,9 @@ def test_every_length_that_is_a_multiple_of_128_needs_no_padding():
             assert 128 % blocks.queries == 128 % blocks.keys == 0
 
 
-PROBLEM = Problem(2, 256, 4, 2, 64, jnp.dtype(jnp.bfloat16), window=5, softcap=2.0, max_segments=None)
+PROBLEM = Problem(
+    *(2, 256, 4, 2, 64, jnp.dtype(jnp.bfloat16)), window=5, softcap=2.0, max_segments=None, scale=0.1
+)
 
 
 @pytest.mark.parametrize(

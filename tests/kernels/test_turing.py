@@ -7,6 +7,7 @@ compiles in a process of its own, as a script.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -21,10 +22,17 @@ import pytest
 from lorajax_kernels import (
     Adapter,
     attention,
+    cached_attention,
     dequantize_nf4,
+    geglu,
     linear_cross_entropy,
     lora_linears,
+    nf4_linear,
     quantize_nf4,
+    rms_norm,
+    rope,
+    swiglu,
+    swiglu_lora_linear,
 )
 
 # What the compiler asks of a GPU, in the text form of XLA's stream_executor.GpuTargetConfigProto.
@@ -69,15 +77,28 @@ HALF = jnp.float16  # Turing has no bfloat16
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 4096, 8, 2, 64
 ROWS, FEATURES, OUT, VOCABULARY, RANK = 4096, 1024, 8192, 64000, 16
 SCORES, LOGITS, LAYER_OUTPUT = 4 * BATCH * HEADS * LENGTH**2, 4 * ROWS * VOCABULARY, 2 * ROWS * OUT
+REQUESTS = 16
+CACHE, WEIGHT = 2 * REQUESTS * LENGTH * KV_HEADS * HEAD_DIM, 2 * OUT * FEATURES
 
 
 def shape(*sizes: int, dtype: Any = HALF) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def attend(q, k, v, segment_ids, dout):
-    out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, segment_ids, implementation="xla"), q, k, v)
-    return out, vjp(dout)
+def both(function: Callable[..., Any], constants: int = 0) -> Callable[..., Any]:
+    """Both passes of a function whose last arguments are constants; the cotangent comes after them."""
+
+    def passes(*arguments):
+        *arguments, dy = arguments
+        trained = len(arguments) - constants
+        y, vjp = jax.vjp(lambda *first: function(*first, *arguments[trained:]), *arguments[:trained])
+        return y, vjp(dy)
+
+    return passes
+
+
+def attend(q, k, v, segment_ids):
+    return attention(q, k, v, segment_ids, implementation="xla")
 
 
 def cross_entropy(x, head, targets, weights):
@@ -87,31 +108,47 @@ def cross_entropy(x, head, targets, weights):
     return jax.value_and_grad(loss)(x)
 
 
-def layers(x, weights, adapters, dys):
-    def forward(x, adapters):
-        return lora_linears(x, weights, adapters, implementation="xla")
+def layers(x, adapters, weights, norm=None):
+    norm = None if norm is None else (norm, 1e-5)
+    return lora_linears(x, weights, adapters, norm=norm, implementation="xla")
 
-    ys, vjp = jax.vjp(forward, x, adapters)
-    return ys, vjp(dys)
+
+def gated_layer(gate, up, adapter, weight):
+    return swiglu_lora_linear(gate, up, weight, adapter, implementation="xla")
 
 
 def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     """By name: a function, and the shapes of its arguments."""
     q, k = shape(BATCH, LENGTH, HEADS, HEAD_DIM), shape(BATCH, LENGTH, KV_HEADS, HEAD_DIM)
     segment_ids, targets = shape(BATCH, LENGTH, dtype=jnp.int32), shape(ROWS, dtype=jnp.int32)
+    query, cache = shape(REQUESTS, 1, HEADS, HEAD_DIM), shape(REQUESTS, LENGTH, KV_HEADS, HEAD_DIM)
+    angle = shape(BATCH, LENGTH, HEAD_DIM // 2, dtype=jnp.float32)
     x, dy, weight = shape(ROWS, FEATURES), shape(ROWS, OUT), shape(OUT, FEATURES)
+    weights, dys, norm = [weight] * 2, (dy, dy), shape(FEATURES, dtype=jnp.float32)
     a, b = shape(RANK, FEATURES, dtype=jnp.float32), shape(OUT, RANK, dtype=jnp.float32)
     adapters = [Adapter(a, b, 0.5), Adapter(a, b, 0.5)]
+    dropped = [Adapter(a, b, 0.5, 0.1, jax.eval_shape(lambda: jax.random.key(0)))] * 2
+    down = Adapter(shape(RANK, OUT, dtype=jnp.float32), shape(FEATURES, RANK, dtype=jnp.float32), 0.5)
     nf4 = jax.eval_shape(quantize_nf4, weight)
     return {
-        "attention": (attend, (q, k, k, segment_ids, q)),
+        "attention": (both(attend, 1), (q, k, k, segment_ids, q)),
+        "cached attention": (cached_attention, (query, cache, cache, shape(REQUESTS, dtype=jnp.int32))),
         "cross-entropy": (
             cross_entropy,
             (x, shape(VOCABULARY, FEATURES), targets, shape(ROWS, dtype=jnp.float32)),
         ),
-        "lora": (layers, (x, [weight] * 2, adapters, (dy, dy))),
-        "lora on NF4": (layers, (x, [nf4] * 2, adapters, (dy, dy))),
+        "lora": (both(layers, 1), (x, adapters, weights, dys)),
+        "lora on NF4": (both(layers, 1), (x, adapters, [nf4] * 2, dys)),
+        "lora with dropout": (both(layers, 1), (x, dropped, weights, dys)),
+        "lora after a norm": (both(layers, 2), (x, adapters, weights, norm, dys)),
+        "lora after a gate": (both(gated_layer, 1), (dy, dy, down, shape(FEATURES, OUT), x)),
         "nf4": (lambda w: dequantize_nf4(w, HALF, implementation="xla"), (nf4,)),
+        "quantize_nf4": (quantize_nf4, (weight,)),
+        "nf4_linear": (both(functools.partial(nf4_linear, implementation="xla"), 1), (x, nf4, dy)),
+        "rms_norm": (both(functools.partial(rms_norm, epsilon=1e-5), 1), (x, norm, x)),
+        "rope": (both(rope, 2), (q, angle, angle, q)),
+        "swiglu": (both(swiglu), (dy, dy, dy)),
+        "geglu": (both(functools.partial(geglu, approximate=False)), (dy, dy, dy)),
     }
 
 
@@ -162,17 +199,33 @@ def compiled() -> dict[str, Any]:
     ("name", "most"),
     (
         ("attention", SCORES / 2),
+        ("cached attention", 2 * CACHE),
         ("cross-entropy", LOGITS / 2),
         ("lora", LAYER_OUTPUT),
         ("lora on NF4", LAYER_OUTPUT),
+        ("lora with dropout", LAYER_OUTPUT),
+        ("lora after a norm", LAYER_OUTPUT),
+        ("lora after a gate", LAYER_OUTPUT),
         ("nf4", 1),
+        ("quantize_nf4", WEIGHT / 16),
+        ("nf4_linear", 1.5 * WEIGHT),
+        ("rms_norm", 16 * ROWS),
+        ("rope", 16 * ROWS),
+        ("swiglu", 16 * ROWS),
+        ("geglu", 16 * ROWS),
     ),
 )
 def test_what_a_program_holds(compiled, name, most):
     assert compiled[name]["temporaries"] < most
 
 
-@pytest.mark.parametrize("name", ("attention", "cross-entropy", "lora", "lora on NF4"))
+@pytest.mark.parametrize(
+    "name",
+    (
+        *("attention", "cached attention", "cross-entropy", "nf4_linear"),
+        *("lora", "lora on NF4", "lora with dropout", "lora after a norm", "lora after a gate"),
+    ),
+)
 def test_products_are_of_float16(compiled, name):
     """XLA widens bfloat16 to float32 for Turing, where that is many times slower."""
     assert compiled[name]["operands"] == ["f16"]

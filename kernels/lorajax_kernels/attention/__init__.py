@@ -76,8 +76,7 @@ def attention(
         ValueError: shapes, dtypes or options do not fit together, or the implementation is unknown or cannot
             serve.
     """
-    check_options("attention", scale=scale)
-    problem = _problem(q, k, v, segment_ids, window, softcap, max_segments)
+    problem = _problem(q, k, v, segment_ids, scale, window, softcap, max_segments)
     choice = choose("attention", _fastest_first(problem), problem, implementation=implementation)
     check_segments("attention", segment_ids, max_segments)
     return function_of(_IMPLEMENTATIONS, choice.name)(
@@ -85,7 +84,7 @@ def attention(
         k,
         v,
         segment_ids,
-        scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        scale=problem.scale,
         window=problem.window,
         softcap=softcap,
         max_segments=max_segments,
@@ -103,6 +102,7 @@ def choose_attention(
     v: Any,
     segment_ids: Any,
     *,
+    scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
     max_segments: int | None = None,
@@ -122,7 +122,7 @@ def choose_attention(
     Raises:
         ValueError: as in `attention`.
     """
-    problem = _problem(q, k, v, segment_ids, window, softcap, max_segments)
+    problem = _problem(q, k, v, segment_ids, scale, window, softcap, max_segments)
     return choose("attention", _fastest_first(problem), problem, implementation=implementation, device=device)
 
 
@@ -131,6 +131,7 @@ def _problem(
     k: Any,
     v: Any,
     segment_ids: Any,
+    scale: float | None,
     window: int | None,
     softcap: float | None,
     max_segments: int | None,
@@ -158,8 +159,16 @@ def _problem(
             "attention: q, k and v must all be float32, bfloat16 or float16, "
             f"got {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    check_options("attention", softcap=softcap, window=window, max_segments=max_segments)
-    window = None if window is None else min(window, length)
+    check_options("attention", scale=scale, softcap=softcap, window=window, max_segments=max_segments)
     return Problem(
-        batch, length, heads, k.shape[2], head_dim, jnp.dtype(q.dtype), window, softcap, max_segments
+        batch=batch,
+        length=length,
+        heads=heads,
+        kv_heads=k.shape[2],
+        head_dim=head_dim,
+        dtype=jnp.dtype(q.dtype),
+        window=None if window is None else min(window, length),
+        softcap=softcap,
+        max_segments=max_segments,
+        scale=1 / math.sqrt(head_dim) if scale is None else float(scale),
     )

@@ -55,6 +55,8 @@ def why_not(problem: Problem, device: Device) -> str | None:
         return f"head_dim must be a multiple of 8 up to 256, not {problem.head_dim}"
     if problem.softcap is not None:
         return "it has no softcap"
+    if problem.scale <= 0:
+        return f"it is tried with positive scales alone, not {problem.scale}"
     if problem.max_segments is None:
         return "it needs max_segments, a bound on the segments of a row"
     elements = problem.batch * problem.length * problem.heads * problem.head_dim

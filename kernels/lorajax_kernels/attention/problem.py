@@ -12,7 +12,7 @@ class Problem:
     Attributes:
         batch, length, heads, kv_heads, head_dim: B, T, N, K, H.
         dtype: of q, k and v.
-        window, softcap, max_segments: as in `attention`.
+        window, softcap, max_segments, scale: as in `attention`.
     """
 
     batch: int
@@ -24,3 +24,4 @@ class Problem:
     window: int | None
     softcap: float | None
     max_segments: int | None
+    scale: float
