@@ -126,8 +126,8 @@ class MemoryConfig:
     or by the name of an activation: save, offload or recompute, and gradient: offload. Activations are
     block_input, query, key, value, attention_output, attention_lse, block_middle, gate, up, lora_hidden."""
     mlp_chunks: int | None = None
-    """Parts of a row's tokens that an MLP takes one after the other, for very long rows; null: chosen too
-    with auto, otherwise 1. With more than 1 it keeps neither gate nor up."""
+    """Parts of a row's tokens, at most 64, that an MLP takes one after the other, for very long rows; null:
+    chosen too with auto, otherwise 1. With more than 1 it keeps neither gate nor up."""
     budget: str | None = None
     """Most GPU memory for weights, state and activations, such as 24GiB; null: what is free. Besides, JAX'
     allocator gets 2% and 64 MiB, because it gives memory in pieces, and CUDA's context takes up to 1 GiB."""

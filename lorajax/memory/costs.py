@@ -18,6 +18,9 @@ from typing import NamedTuple
 from lorajax.memory.policy import ACTIVATIONS, LayerPolicy
 from lorajax.models.decoder import Decoder, DecoderOptions
 
+# Bytes of logits that the head's loss makes at a time (lorajax_kernels.cross_entropy).
+LOGITS_CHUNK = 2**28
+
 # Of a layer.
 NORMS = 2
 
@@ -310,6 +313,21 @@ def workload(
         length=length,
         context=min(context, length),
     )
+
+
+def evaluating_bytes(
+    options: DecoderOptions, *, itemsize: int, rows: int, length: int, mlp_chunks: int
+) -> int:
+    """About what the loss of rows takes beside the model, without gradients, as compiled for an H100.
+
+    Args:
+        itemsize: bytes of an element of weights and activations.
+        rows, length: of the micro-batch.
+    """
+    o, row = options, rows * length * itemsize
+    hidden, inner = row * o.hidden_size, row * o.intermediate_size // mlp_chunks
+    logits = min(row * o.vocab_size, LOGITS_CHUNK)
+    return int(max(4.1 * hidden + 2.2 * inner + logits / 3, logits + 5 * hidden))
 
 
 def answering_bytes(options: DecoderOptions, *, itemsize: int, rows: int, prompt: int, new: int) -> int:

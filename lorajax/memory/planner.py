@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 
 from lorajax_kernels.precision import MULTIPLE
 
-from lorajax.memory.costs import GROUPS, Costs, Rates, Workload
+from lorajax.memory.costs import GROUPS, LOGITS_CHUNK, Costs, Rates, Workload
 from lorajax.memory.policy import MADE_IN_CHUNKS, LayerPolicy, Layout, Policy
 
 T = TypeVar("T")
@@ -28,8 +28,6 @@ PARTS = 8
 OFFLOADED = ("block_input", "gate", "up", "attention_output", "query", "block_middle")
 # Into how many parts the tokens of an MLP may be cut, and the fewest that a part has.
 CHUNKS, LEAST_CHUNK = (2, 4, 8, 16), 2048
-# Bytes of logits that the head's loss makes at a time (lorajax_kernels.cross_entropy).
-LOGITS_CHUNK = 2**28
 # Of a token in a batch: itself, its target, segment, position and weight.
 BATCH_BYTES = 5 * 4
 # Share of a copy's time that a step loses even where the copy hides behind computation.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,7 +16,7 @@ from lorajax.data import chat_template, check_length, load_tokenizer
 from lorajax.errors import UserError
 from lorajax.generation import answering_memory, bucket, power_of_two
 from lorajax.memory.analysis import Memory, gib
-from lorajax.memory.costs import answering_bytes
+from lorajax.memory.costs import answering_bytes, evaluating_bytes
 from lorajax.memory.elsewhere import Variant, compile_elsewhere
 from lorajax.memory.machine import (
     CONTEXT_BYTES,
@@ -30,6 +31,7 @@ from lorajax.memory.plan import (
     Plan,
     accepted,
     check_offload,
+    choose_again,
     make_plan,
     outline_of,
     problem_of,
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 R = TypeVar("R", bound=RunShape)
+
+_log = logging.getLogger("lorajax")
 
 # Sample prompts that are answered at a time, at most.
 ANSWERED_AT_ONCE = 8
@@ -92,6 +96,7 @@ def _plan_here(config: Config, compiles: bool, estimated: Callable[[Plan], None]
     plan, run = planned(RunShape(config=config, mesh=data_mesh(), total_steps=1000), model)
     assert plan is not None  # there is a GPU
     if not compiles:
+        plan = _estimated_evaluation(plan, config, model)
         return accepted(_estimated_answers(plan, config.output, model)[0])
     if estimated is not None:
         estimated(plan)
@@ -110,17 +115,19 @@ def _plan_elsewhere(
 ) -> Plan:
     model = _checked_outline(config)
     memory, most = config.memory, int((target.memory - CONTEXT_BYTES) * (1 - SLACK))
+    budget = most if memory.budget is None else min(most, parse_size(memory.budget))
+    _note_a_larger_budget(memory.budget, budget)
     plan = make_plan(
         problem_of(config, model, rates=target.rates, offloads=True),
         config,
         device=target.device,
-        budget=most if memory.budget is None else min(most, parse_size(memory.budget)),
+        budget=budget,
         host_budget=_HOST_ELSEWHERE if memory.host_budget is None else parse_size(memory.host_budget),
         ceilings=(most, None),
     )
     plan, _ = _estimated_answers(plan, config.output, model)
     if not compiles:
-        return accepted(plan)
+        return accepted(_estimated_evaluation(plan, config, model))
     if estimated is not None:
         estimated(plan)
 
@@ -143,6 +150,11 @@ def _plan_elsewhere(
     return plan
 
 
+def _note_a_larger_budget(asked: str | None, there_is: int) -> None:
+    if asked is not None and parse_size(asked) > there_is:
+        _log.warning("memory.budget is %s, the GPU has %s for it", asked, gib(there_is))
+
+
 def _checked_outline(config: Config) -> Decoder:
     """The model, if it takes the rows and answers that the config asks for."""
     model = outline_of(config)
@@ -157,6 +169,36 @@ def _checked_outline(config: Config) -> Decoder:
 
 def _evaluates(config: Config) -> bool:
     return config.data.eval_path is not None or config.data.eval_fraction > 0
+
+
+def _estimated_evaluation(plan: Plan, config: Config, model: Decoder) -> Plan:
+    """With what it is expected to take, where nothing is to be compiled; of the layouts that it fits with.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    if not _evaluates(config):
+        return plan
+
+    def taken(layout: Layout) -> int:
+        return evaluating_bytes(
+            model.options,
+            itemsize=model.dtype.itemsize,
+            rows=layout.rows,
+            length=config.data.max_length,
+            mlp_chunks=layout.mlp_chunks,
+        )
+
+    some = [option for option in plan.options if plan.fixed + taken(option.layout) <= plan.budget]
+    if plan.asked == "auto" and some:
+        plan = choose_again(dataclasses.replace(plan, options=some))
+    plan = plan.beside("evaluation", taken(plan.chosen.layout))
+    if plan.others["evaluation"] > plan.budget:
+        raise UserError(
+            f"an evaluation takes {gib(taken(plan.chosen.layout))} beside weights and state "
+            f"({gib(plan.fixed)}), the budget is {gib(plan.budget)}; lower data.max_length"
+        )
+    return plan
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerFast | None:
@@ -254,6 +296,7 @@ def planned(run: R, model: Decoder) -> tuple[Plan | None, R]:
             return None, run
         layout = Layout(config.train.per_device_train_batch_size, "none", memory.mlp_chunks or 1)
         return None, dataclasses.replace(run, planned=layout)
+    _note_a_larger_budget(memory.budget, budget)
     problem = problem_of(config, model, rates=machine_rates(), offloads=offloads(), context=run.context)
     plan = make_plan(
         problem,

@@ -192,6 +192,14 @@ def test_estimates_need_no_plugin(config_of, capsys, tmp_path):
     assert "advice" not in out
 
 
+def test_a_budget_of_more_than_there_is_is_named(config_of, caplog):
+    plan_memory(config_of(memory__budget="22GiB"), "l4", compiles=False)
+    assert re.fullmatch(r"memory.budget is 22GiB, the GPU has 2[01]\.\d\dG for it", caplog.messages[-1])
+    caplog.clear()
+    plan_memory(config_of(memory__budget="8GiB"), "l4", compiles=False)
+    assert not caplog.messages
+
+
 def test_a_gpu_without_bfloat16_is_told_of_float16(config_of):
     def advice(device, dtype):
         return plan_memory(config_of(model__dtype=dtype), device, compiles=False).lines().get("advice")
@@ -292,6 +300,34 @@ def test_an_evaluation_counts_before_a_layout_is_settled_on(config_of, monkeypat
         UserError, match=r"checkpointing full: a step takes 0.19G .* \(compiled\), over memory.budget"
     ):
         plan_memory(config_of(**settings, memory__checkpointing="full"), "l4")
+
+
+def test_an_estimated_evaluation_decides_over_layouts_too(config_of):
+    """Of a row alone there is room for more than with all four."""
+    settings = {"memory__checkpointing": "full", "data__eval_fraction": 0.1}
+
+    def estimated(**more):
+        return plan_memory(config_of(**settings | more), "l4", compiles=False)
+
+    four, one = estimated(), estimated(train__per_device_train_batch_size=1)
+    between = (four.others["evaluation"] + one.others["evaluation"]) // 2
+    assert between > one.taken
+    message = "an evaluation takes .* beside weights and state .* lower data.max_length"
+    with pytest.raises(UserError, match=message):
+        estimated(memory__budget=f"{between} B")
+    auto = estimated(memory__checkpointing="auto", memory__budget=f"{between} B")
+    assert auto.chosen.layout.rows < 4 and auto.most <= between
+
+
+@pytest.mark.slow
+@needs_plugin
+@pytest.mark.parametrize("chunks", (1, 4))
+def test_an_evaluation_takes_about_what_is_estimated(chunks, config_of):
+    config = config_of(data__eval_fraction=0.1, data__max_length=4096, memory__mlp_chunks=chunks)
+    plan = plan_memory(config, "h100", compiles=False)
+    layout = Layout(plan.chosen.layout.rows, "none", chunks)
+    found = compile_elsewhere(config, find_target("h100"), Variant(layout, evaluates=True))
+    assert plan.others["evaluation"] - plan.fixed == pytest.approx(found.temporaries, rel=0.25)
 
 
 def test_the_estimate_is_printed_before_anything_is_compiled(config_of, monkeypatch, tmp_path, capsys):
