@@ -167,7 +167,7 @@ def find_target(name: str) -> Target:
     names = {known.replace("-", ""): known for known in TARGETS}
     if wanted in names:
         return TARGETS[names[wanted]]
-    near = [known for known in names if known.startswith(wanted)]
+    near = [known for known in names if wanted and known.startswith(wanted)]
     near = near or difflib.get_close_matches(wanted, names, n=1)
     hint = f", did you mean {' or '.join(names[known] for known in near)}?" if near else "."
     raise UserError(f"unknown device {name!r}{hint} Known are {', '.join(TARGETS)}")

@@ -13,6 +13,8 @@ def test_an_unknown_device_is_answered_with_the_known_ones():
         find_target("rtx4080")
     with pytest.raises(UserError, match=r"unknown device 'cpu'\. Known are .*h200, b200, rtx5090$"):
         find_target("cpu")
+    with pytest.raises(UserError, match=r"unknown device ''\. Known are v100"):
+        find_target("")
     with pytest.raises(UserError, match=r"unknown device 'a100', did you mean a100-40gb or a100-80gb\?"):
         find_target("a100")
 
