@@ -223,11 +223,13 @@ class MLP(nnx.Module):
         if chunks == 1:
             return self._of_all(x, norm, adapters)
         graph, state = nnx.split((self, norm))
+        length = x.shape[1]
 
         def of_some(arrays: Any, x: Array, number: int) -> Array:
             state, adapters = arrays
             mlp, norm = nnx.merge(graph, state)
-            return mlp._of_all(x, norm, adapters.of_part(number))
+            first = x.shape[0] * (length * number // chunks)
+            return mlp._of_all(x, norm, adapters.from_token(first))
 
         # Without those of the attention: they would have gradients of zeros.
         return in_chunks(of_some, (state, adapters.without(4)), x, chunks=chunks)
@@ -264,10 +266,11 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         rotation: Rotation,
         attend: Attend,
-        dropout_keys: Key[Array, "mlp_chunks P"] | None = None,
+        dropout_keys: Key[Array, " P"] | None = None,
+        first_token: Int[Array, ""] | int = 0,
         mlp_chunks: int = 1,
     ) -> Float[Array, "B T D"]:
-        adapters = BlockAdapters.of(self, dropout_keys)
+        adapters = BlockAdapters.of(self, dropout_keys, first_token)
         x = x + self.attention(x, self.attention_norm, rotation, attend, adapters)
         x = checkpoint_name(x, "block_middle")
         return x + self.mlp(x, self.mlp_norm, adapters, mlp_chunks)
@@ -333,54 +336,57 @@ def adapters_joined(shapes: AdapterShapes, pairs: Sequence[Any], numpy: Any) -> 
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("keys", "apart", "vector"), meta_fields=("shapes", "part")
+    jax.tree_util.register_dataclass,
+    data_fields=("keys", "first", "apart", "vector"),
+    meta_fields=("shapes",),
 )
 @dataclass(frozen=True)
 class BlockAdapters:
     """The adapters of a block's projections, each with a dropout key of its own.
 
     Attributes:
-        keys: of the dropout, for each part of the tokens and each projection; None: without.
+        keys: of the dropout, for each projection; None: without.
+        first: number of the first token among those that the keys are for; None: without keys.
         vector: of a block that holds its adapters in one, a constant; otherwise None.
         apart: A and B of each projection in it.
         shapes: of these.
-        part: of the tokens.
     """
 
-    keys: Key[Array, "parts P"] | None
+    keys: Key[Array, " P"] | None
+    first: Int[Array, ""] | None
     vector: Float[Array, " N"] | None = None
     apart: tuple[tuple[Array, Array] | None, ...] = ()
     shapes: AdapterShapes = ()
-    part: int = 0
 
     @classmethod
-    def of(cls, block: Block, keys: Key[Array, "parts P"] | None) -> "BlockAdapters":
+    def of(cls, block: Block, keys: Key[Array, " P"] | None, first: Int[Array, ""] | int) -> "BlockAdapters":
+        found = None if keys is None else jnp.asarray(first, jnp.int32)
         if block.adapters is None:
-            return cls(keys)
+            return cls(keys, found)
         vector, shapes = block.adapters[...], block.adapter_shapes
-        return cls(keys, jax.lax.stop_gradient(vector), adapters_apart(shapes, vector), shapes)
+        return cls(keys, found, jax.lax.stop_gradient(vector), adapters_apart(shapes, vector), shapes)
 
     def __call__(self, number: int, linear: Linear) -> Adapter | None:
         """Of the projection of this number."""
-        key = None if self.keys is None else self.keys[self.part, number]
-        scale, dropout = linear.lora_scale, linear.lora_dropout
+        key = None if self.keys is None else self.keys[number]
+        scale, dropout, first = linear.lora_scale, linear.lora_dropout, self.first
         if self.vector is None:
             a, b = linear.lora_a, linear.lora_b
-            return None if a is None or b is None else Adapter(a[...], b[...], scale, dropout, key)
+            return None if a is None or b is None else Adapter(a[...], b[...], scale, dropout, key, first)
         pair = self.apart[number]
         if pair is None:
             return None
         places = adapter_places(self.shapes)
         starts = [place.start for place in places if place.projection == number]
-        return Adapter(*pair, scale, dropout, key, self.vector, *starts)
+        return Adapter(*pair, scale, dropout, key, first, self.vector, *starts)
 
     def without(self, first: int) -> "BlockAdapters":
         """Of the projections from this number on alone."""
         return replace(self, apart=self.apart and (*(None,) * first, *self.apart[first:]))
 
-    def of_part(self, number: int) -> "BlockAdapters":
-        """With the keys of a part of the tokens."""
-        return replace(self, part=number)
+    def from_token(self, number: int) -> "BlockAdapters":
+        """For tokens that begin so much later."""
+        return self if self.first is None else replace(self, first=self.first + number)
 
 
 class Decoder(nnx.Module):
@@ -451,6 +457,7 @@ class Decoder(nnx.Module):
         *,
         max_segments: int | None = None,
         dropout_key: PRNGKeyArray | None = None,
+        first_row: Int[Array, ""] | int = 0,
         checkpointing: Checkpointing | None = None,
         mlp_chunks: int = 1,
     ) -> Float[Array, "B T D"]:
@@ -464,6 +471,9 @@ class Decoder(nnx.Module):
                 segment.
             max_segments: most segments on a row, padding included; some attention kernels need a bound.
             dropout_key: key of the adapters' dropout; None switches it off.
+            first_row: number of the first of these rows among those that share the key: dropout is the same
+                whether they come at once or one after the other. (Not where an MLP takes parts of several
+                rows.)
             checkpointing: what the layers keep for the backward pass (lorajax.memory.policy); None: what JAX
                 keeps by itself.
             mlp_chunks: parts of a row's tokens that an MLP takes one after the other; more than one: it keeps
@@ -474,7 +484,9 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = segments.positions(segment_ids)
         length = tokens.shape[1]
-        if self.dtype.itemsize == 2 and tokens.size % MULTIPLE:  # otherwise in every product
+        # Otherwise in every product. With dropout whatever the number of rows: its masks count tokens.
+        sizes = tokens.size if dropout_key is None else length
+        if self.dtype.itemsize == 2 and sizes % MULTIPLE:
             padding = ((0, 0), (0, -length % MULTIPLE))
             tokens, segment_ids, positions = (jnp.pad(x, padding) for x in (tokens, segment_ids, positions))
             max_segments = max_segments and max_segments + 1  # the padding
@@ -490,6 +502,7 @@ class Decoder(nnx.Module):
             rotation,
             attend,
             dropout_key=dropout_key,
+            first_row=first_row,
             checkpointing=checkpointing,
             mlp_chunks=mlp_chunks,
         )
@@ -502,6 +515,7 @@ class Decoder(nnx.Module):
         attend: Attend,
         *,
         dropout_key: PRNGKeyArray | None = None,
+        first_row: Int[Array, ""] | int = 0,
         checkpointing: Checkpointing | None = None,
         mlp_chunks: int = 1,
     ) -> Float[Array, "B T D"]:
@@ -515,10 +529,12 @@ class Decoder(nnx.Module):
         keys = None
         if dropout_key is not None:
             # All at once: to make one in each layer would take longer to compile than the layer.
-            keys = jax.random.split(dropout_key, (len(self.layers), mlp_chunks, len(PROJECTIONS)))
+            keys = jax.random.split(dropout_key, (len(self.layers), len(PROJECTIONS)))
+        first_token = first_row * tokens.shape[1]
 
         def layer(block: Block, index: int, x: Array) -> Array:
-            return block(x, rotation, attend, None if keys is None else keys[index], mlp_chunks)
+            own = None if keys is None else keys[index]
+            return block(x, rotation, attend, own, first_token, mlp_chunks)
 
         x = self.embed(tokens, self.dtype)
         return self.norm(run_layers(layer, self.layers, x, checkpointing=checkpointing))

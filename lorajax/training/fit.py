@@ -59,7 +59,7 @@ from lorajax.training.weights import Weights, count, give_back_adapters, merge_w
 _log = logging.getLogger("lorajax")
 
 # In a checkpoint, beside the identity: see Inputs.drawn_by.
-_DRAWN_BY = "micro-batches and parts of an MLP"
+_DRAWN_BY = "rows at once and parts of an MLP"
 
 
 @dataclass(frozen=True)
@@ -300,8 +300,8 @@ def _note_other_masks(position: Position, inputs: Inputs) -> None:
     before = position.identity.get(_DRAWN_BY, inputs.drawn_by)
     if inputs.config.lora.dropout and before != inputs.drawn_by:
         _log.warning(
-            "the checkpoint's run had %d micro-batches and MLPs in %d parts, this one has %d and %d: from "
-            "here dropout's masks are others than it would have had",
+            "the checkpoint's run had MLPs that take %d rows in %d parts, this one %d in %d: from here "
+            "dropout's masks are others than it would have had",
             *before,
             *inputs.drawn_by,
         )

@@ -120,8 +120,9 @@ class Inputs(RunShape):
 
     @property
     def drawn_by(self) -> list[int]:
-        """What dropout's masks depend on besides `identity`: micro-batches, and parts of an MLP."""
-        return [self.micro_batches, self.layout.mlp_chunks]
+        """What dropout's masks depend on besides `identity`: rows of which an MLP takes parts, and these."""
+        rows, chunks = self.layout.rows, self.layout.mlp_chunks
+        return [rows, chunks] if min(rows, chunks) > 1 else [1, 1]
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -185,7 +185,6 @@ def loss_and_gradient(
 
     def scaled_loss(trainable: Weights, rows: Rows, index: Array) -> tuple[Array, Array]:
         model = merge_weights(graph, trainable, frozen)
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         loss = loss_sum(
             model,
             rows,
@@ -193,7 +192,8 @@ def loss_and_gradient(
             checkpointing=checkpointing,
             mlp_chunks=mlp_chunks,
             max_segments=max_segments,
-            dropout_key=key,
+            dropout_key=dropout_key,
+            first_row=index * rows["tokens"].shape[0],
             train_head=train_head,
         )
         return loss * loss_scale, loss
@@ -226,9 +226,10 @@ def loss_sum(
     mlp_chunks: int = 1,
     max_segments: int | None = None,
     dropout_key: Key[Array, ""] | None = None,
+    first_row: Int[Array, ""] | int = 0,
     train_head: bool = False,
 ) -> Float[Array, ""]:
-    """Sum of the cross-entropy over the target tokens of the rows, weighted.
+    """Sum of the cross-entropy over the target tokens of the rows, weighted; arguments as in hidden_states.
 
     To be traced in split_over(mesh.size), and so is its backward pass.
     """
@@ -238,6 +239,7 @@ def loss_sum(
         rows["positions"],
         max_segments=max_segments,
         dropout_key=dropout_key,
+        first_row=first_row,
         checkpointing=checkpointing,
         mlp_chunks=mlp_chunks,
     )

@@ -304,6 +304,17 @@ def test_dropout_of_nearly_all_does_not_overflow_in_float16():
     assert_close(results(lora_linears), results(reference_lora_linears), 2e-2)
 
 
+@pytest.mark.parametrize("first", (0, 7, 2**31 - 5))
+def test_dropout_goes_on_from_a_first_row(first):
+    whole = Adapter(jnp.zeros((1, 1)), jnp.zeros((1, 1)), 1.0, 0.4, KEYS[0])
+    part = dataclasses.replace(whole, first_row=jnp.int32(first))
+    start, step, last = (int(word) for word in dropout.seed_of(whole))
+    assert dropout.seed_of(part).tolist() == [(start + first * step) % 2**32, step, last]
+    if first < 100:
+        seen = dropout.kept(dropout.seed_of(whole), (first + 20, 30))[first:]
+        np.testing.assert_array_equal(dropout.kept(dropout.seed_of(part), (20, 30)), seen)
+
+
 def test_dropout_keeps_the_mean_and_is_off_without_a_key():
     mask = kept(KEYS[0], 0.25, (2000, 8))
     assert mask.mean() == pytest.approx(0.75, abs=0.02)

@@ -251,8 +251,22 @@ def test_an_mlp_in_chunks_has_the_gradient_of_all_tokens(mode, checkpointing, gr
 
 
 @pytest.mark.slow
-def test_dropout_in_chunks_has_masks_of_its_own(gradient):
-    """Each chunk another: as few as these tokens could not be told from a mask for all of them otherwise."""
+def test_dropout_is_the_same_in_any_micro_batches_and_in_parts_of_a_row(gradient):
+    rows = make_batch()
+    loss, whole = gradient(cut(rows, 1), "few", checkpointing="full", dropout_seed=5)
+    _, other = gradient(cut(rows, 1), "few", checkpointing="full", dropout_seed=6)
+    assert difference(other, whole) > 0.05
+    for micro_batches, mlp_chunks in ((2, 1), (8, 1), (8, 5)):
+        batch = cut(rows, micro_batches)
+        assert mlp_chunks == 1 or batch["tokens"].shape[1] == 1
+        found = gradient(batch, "few", checkpointing="full", dropout_seed=5, mlp_chunks=mlp_chunks)
+        assert abs(found[0] - loss) <= 2e-6 * loss
+        assert difference(found[1], whole) <= 2e-6
+
+
+@pytest.mark.slow
+def test_dropout_in_parts_of_several_rows_has_masks_of_its_own(gradient):
+    """Each part another: as few as these tokens could not be told from a mask for all of them otherwise."""
     batch = cut(make_batch(), 2)
     _, whole = gradient(batch, "few", checkpointing="full", dropout_seed=5)
     _, chunks = gradient(batch, "few", checkpointing="full", dropout_seed=5, mlp_chunks=4)

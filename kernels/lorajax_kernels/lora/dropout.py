@@ -101,13 +101,16 @@ def _gained(x: Float[Array, "*shape"], adapter: Adapter) -> Float[Array, "*shape
 def seed_of(adapter: Adapter) -> UInt32[Array, " 3"]:
     """Start and step of an adapter's random numbers, and the last of them that keeps an element; see `kept`.
 
-    Of the key its last two words count. Without one everything is kept.
+    Of the key its last two words count. Without one everything is kept. The start is that of x's first row.
     """
     if adapter.key is None or not adapter.drops:
         return jnp.array([0, 1, 2**32 - 1], jnp.uint32)
     start, step = _mixed(jax.random.key_data(adapter.key)[-2:] + jnp.uint32(0x9E3779B9))
+    step |= 1
+    if adapter.first_row is not None:
+        start += adapter.first_row.astype(jnp.uint32) * step
     last = max(round((1 - adapter.dropout) * 2**32), 1) - 1
-    return jnp.stack([start, step | 1, jnp.uint32(last)])
+    return jnp.stack([start, step, jnp.uint32(last)])
 
 
 def kept(seed: UInt32[Array, " 3"], shape: tuple[int, ...]) -> Bool[Array, "rows columns"]:

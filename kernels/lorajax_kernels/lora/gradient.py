@@ -441,7 +441,7 @@ def _gradients_of_biases(options: Options, dys: Outputs, biases: Biases) -> Bias
 
 def _as_gradient(adapter: Adapter, da: Array, db: Array) -> Adapter:
     a, b = da.astype(adapter.a.dtype), db.astype(adapter.b.dtype)
-    return dataclasses.replace(adapter, a=a, b=b, key=None, vector=None)
+    return dataclasses.replace(adapter, a=a, b=b, key=None, first_row=None, vector=None)
 
 
 def _once_there(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lorajax_kernels.nf4 import NF4Weight, dequantize_nf4
 
@@ -16,7 +16,7 @@ Weight = Float[Array, "out in"] | NF4Weight
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("a", "b", "key", "vector"),
+    data_fields=("a", "b", "key", "first_row", "vector"),
     meta_fields=("scale", "dropout", "a_start", "b_start"),
 )
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,8 @@ class Adapter:
         scale: as a rule alpha / R.
         dropout: rate, at least 0 and below 1.
         key: of the dropout, another one for each adapter; None switches it off.
+        first_row: what the dropout takes the first row of x for, an integer: parts of one x that are given
+            one after the other, with one key, see what they would see together. None: 0.
         vector: that a and b are parts of, float32: a constant, which kernels read in place of a and b, so
             that these need not be copied out of it; the same for all adapters of a call that have one. None:
             they are arrays of their own.
@@ -39,6 +41,7 @@ class Adapter:
     scale: float = 1.0
     dropout: float = 0.0
     key: PRNGKeyArray | None = None
+    first_row: Int[Array, ""] | None = None
     vector: Float[Array, " N"] | None = None
     a_start: int = 0
     b_start: int = 0
