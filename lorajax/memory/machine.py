@@ -48,7 +48,10 @@ def claim_gpu_memory(budget: str | None) -> None:
     the host. What the environment says of either stays.
     """
     if not _jax_has_started():
-        os.environ.setdefault(_HOST_POOL, str(max(_free_host_memory() // 2**30, 1)))
+        # What plans may take (see host_limit) and a quarter more, as a pool is cut into pieces. Not all that
+        # is free: it grows by doubling, and may pin twice what it gives away.
+        pool = _free_host_memory() * 5 // 8 // 2**30
+        os.environ.setdefault(_HOST_POOL, str(max(pool, _HOST_POOL_DEFAULT)))
     if _FRACTION in os.environ or _OLD_FRACTION in os.environ:
         return
     if (memory := _gpu_memory()) is not None:

@@ -120,7 +120,7 @@ def test_pinned_host_memory_is_as_much_as_jax_is_told_of_before_it_starts(monkey
     assert name not in machine.os.environ and machine.host_limit("100GiB") == 64 * GIB
     monkeypatch.setattr(machine, "_jax_has_started", lambda: False)
     machine.claim_gpu_memory(None)
-    assert machine.os.environ[name] == "400" and machine.host_limit("100GiB") == 100 * GIB
+    assert machine.os.environ[name] == "250" and machine.host_limit("100GiB") == 100 * GIB
     assert machine.host_limit(None) == 200 * GIB
     monkeypatch.setenv(name, "8")
     machine.claim_gpu_memory(None)
