@@ -15,11 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lorajax_kernels.cross_entropy import LOGIT_BYTES
+
 from lorajax.memory.policy import ACTIVATIONS, LayerPolicy
 from lorajax.models.decoder import Decoder, DecoderOptions
-
-# Bytes of logits that the head's loss makes at a time (lorajax_kernels.cross_entropy).
-LOGITS_CHUNK = 2**28
 
 # Of a layer.
 NORMS = 2
@@ -326,7 +325,7 @@ def evaluating_bytes(
     """
     o, row = options, rows * length * itemsize
     hidden, inner = row * o.hidden_size, row * o.intermediate_size // mlp_chunks
-    logits = min(row * o.vocab_size, LOGITS_CHUNK)
+    logits = min(row * o.vocab_size, LOGIT_BYTES)
     return int(max(4.1 * hidden + 2.2 * inner + logits / 3, logits + 5 * hidden))
 
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
+from lorajax_kernels.cross_entropy import LOGIT_BYTES
 from lorajax_kernels.precision import MULTIPLE
 
-from lorajax.memory.costs import GROUPS, LOGITS_CHUNK, Costs, Rates, Workload
+from lorajax.memory.costs import GROUPS, Costs, Rates, Workload
 from lorajax.memory.policy import MADE_IN_CHUNKS, LayerPolicy, Layout, Policy
 
 T = TypeVar("T")
@@ -298,7 +299,7 @@ def _workspace(work: Workload, policy: Policy, mlp_chunks: int) -> float:
     hidden, inner, logits = row * o.hidden_size, row * o.intermediate_size / mlp_chunks, row * o.vocab_size
     # Filled up to a whole multiple, which is a copy.
     head = work.itemsize * o.vocab_size * o.hidden_size if o.vocab_size % MULTIPLE else 0
-    loss = min(logits, LOGITS_CHUNK) + head + 2.5 * hidden
+    loss = min(logits, LOGIT_BYTES) + head + 2.5 * hidden
     # While attention is differentiated; more than the MLP takes where that is cut.
     most = max(loss, 7 * hidden)
     for layer in set(policy.layers):

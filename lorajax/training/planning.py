@@ -85,29 +85,29 @@ def plan_memory(
         return _plan_elsewhere(config, find_target(device), compiles, estimated)
     # As a run does, before JAX starts.
     claim_gpu_memory(config.memory.budget)
-    if gpu_limit(None) is None:
-        raise UserError(f"there is no GPU at hand; name one with --device: {', '.join(TARGETS)}")
     use_compilation_cache()
     return _plan_here(config, compiles, estimated)
 
 
 def _plan_here(config: Config, compiles: bool, estimated: Callable[[Plan], None] | None) -> Plan:
+    budget = gpu_limit(config.memory.budget)
+    if budget is None:
+        raise UserError(f"there is no GPU at hand; name one with --device: {', '.join(TARGETS)}")
     model = _checked_outline(config)
-    plan, run = planned(RunShape(config=config, mesh=data_mesh(), total_steps=1000), model)
-    assert plan is not None  # there is a GPU
+    plan, run = _planned_for(budget, RunShape(config=config, mesh=data_mesh(), total_steps=1000), model)
     if not compiles:
         plan = _estimated_evaluation(plan, config, model)
         return accepted(_estimated_answers(plan, config.output, model)[0])
     if estimated is not None:
         estimated(plan)
-    _, _, plan = compile_planned(run, plan, model, evaluates=_evaluates(config))
-    assert plan is not None
+    _, _, settled = compile_planned(run, plan, model, evaluates=_evaluates(config))
+    assert settled is not None
     if not config.output.sample_prompts:
-        return plan
+        return settled
     tokenizer = _tokenizer(config)
     if tokenizer is None:
-        return _estimated_answers(plan, config.output, model)[0]
-    return plan_answers(plan, config.output, tokenizer, model)[0]
+        return _estimated_answers(settled, config.output, model)[0]
+    return plan_answers(settled, config.output, tokenizer, model)[0]
 
 
 def _plan_elsewhere(
@@ -285,17 +285,22 @@ def planned(run: R, model: Decoder) -> tuple[Plan | None, R]:
     Raises:
         UserError: nothing fits, or what the config asks for cannot be had here.
     """
-    config = run.config
-    memory = config.memory
+    memory = run.config.memory
     budget = gpu_limit(memory.budget)
-    if budget is None:
-        if memory.budget is not None:
-            raise UserError("memory.budget is for GPUs, and there is none; set it to null")
-        check_offload(memory.checkpointing, offloads=offloads(), kind="this machine, which has no GPU,")
-        if memory.checkpointing != "auto":
-            return None, run
-        layout = Layout(config.train.per_device_train_batch_size, "none", memory.mlp_chunks or 1)
-        return None, dataclasses.replace(run, planned=layout)
+    if budget is not None:
+        return _planned_for(budget, run, model)
+    if memory.budget is not None:
+        raise UserError("memory.budget is for GPUs, and there is none; set it to null")
+    check_offload(memory.checkpointing, offloads=offloads(), kind="this machine, which has no GPU,")
+    if memory.checkpointing != "auto":
+        return None, run
+    layout = Layout(run.config.train.per_device_train_batch_size, "none", memory.mlp_chunks or 1)
+    return None, dataclasses.replace(run, planned=layout)
+
+
+def _planned_for(budget: int, run: R, model: Decoder) -> tuple[Plan, R]:
+    """`planned` on GPUs that have so many bytes each."""
+    config, memory = run.config, run.config.memory
     _note_a_larger_budget(memory.budget, budget)
     problem = problem_of(config, model, rates=machine_rates(), offloads=offloads(), context=run.context)
     plan = make_plan(
