@@ -178,13 +178,31 @@ def write_llama():
     """write_llama(folder, seed=0, **config): a checkpoint in Hugging Face layout; gives the folder."""
 
     def write(folder: Path, seed: int = 0, **config: Any) -> Path:
-        config = LLAMA | config
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config))
+        config = _write_config(folder, config)
         save_file(_llama_tensors(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def write_outline():
+    """write_outline(folder, **config): the same, of any size, with weights that cannot be read."""
+
+    def write(folder: Path, **config: Any) -> Path:
+        _write_config(folder, config)
+        (folder / "model.safetensors").write_bytes(b"no weights")
+        return folder
+
+    return write
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """LLAMA with these changes, into the folder."""
+    config = LLAMA | config
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return config
 
 
 @pytest.fixture(scope="session")

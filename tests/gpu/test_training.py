@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import jax
@@ -137,24 +136,23 @@ def test_the_quickstart_learns_within_its_plan(tmp_path, figure):
 
 
 @pytest.mark.parametrize("checkpointing", ("none", "offload"))
-def test_a_step_compiled_elsewhere_takes_as_much(checkpointing, tmp_path, figure):
+def test_a_step_compiled_elsewhere_takes_as_much(checkpointing, write_outline, tmp_path, figure):
     """Of 1B shapes with four layers: kernels of libraries that are not there are stood in for."""
     kinds = {target.kind: name for name, target in TARGETS.items()}
     if (kind := current_device().kind) not in kinds:
         pytest.skip(f"{kind} is no target of plans")
-    shape = {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(shape))
-    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    write_outline(
+        tmp_path,
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=4,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
     settings = {
         "model.path": tmp_path,
         "data.path": "none.jsonl",

@@ -29,22 +29,18 @@ needs_plugin = pytest.mark.skipif(not HAS_PLUGIN, reason="JAX' CUDA plugin is no
 
 
 @pytest.fixture
-def config_of(tmp_path):
+def config_of(write_outline, tmp_path):
     """config_of(**settings): a run of a small Llama whose weights cannot be read."""
-    shape = {
-        "model_type": "llama",
-        "vocab_size": 4096,
-        "hidden_size": 256,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(shape))
-    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    write_outline(
+        tmp_path,
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=2048,
+        num_hidden_layers=4,
+        head_dim=64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
 
     def make(**settings):
         given = {
