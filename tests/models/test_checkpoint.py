@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.utils
 import jax
 import jax.numpy as jnp
 import numpy as np
