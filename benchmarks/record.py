@@ -66,7 +66,7 @@ TASKS = {
     "auto_choice": Task(9, "auto_choice.py --cache {cache}"),
     "no_surprise": Task(9, "no_surprise.py --draws 20 --jobs 6"),
     "train_step_8b": Task(
-        6,
+        8,
         "train_step.py 8b,4,4096,auto@19.6GiB,auto 8b,4,4096,auto@75GiB,auto --jobs 1 --cache {cache}",
         _beside("8b,4,4096,u,0 8b,4,4096,0,0"),
     ),
@@ -82,7 +82,7 @@ TASKS = {
         " --cache {cache}",
     ),
     "train_step_1b": Task(
-        4,
+        6,
         "train_step.py 1b,8,2048,auto@5.06GiB,auto 1b,8,2048,auto@19.5GiB,auto --jobs 1 --cache {cache}",
         _beside("1b,8,2048,0,0 1b,8,2048,u,0"),
     ),

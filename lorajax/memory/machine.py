@@ -21,6 +21,7 @@ from lorajax_kernels.measure import compare, copy_bandwidth, matmul_rate
 from lorajax.config import parse_size
 from lorajax.data.cache import user_cache_folder
 from lorajax.memory.costs import Rates
+from lorajax.memory.targets import TARGETS
 
 _log = logging.getLogger("lorajax")
 
@@ -34,6 +35,8 @@ _NOTED = 2**28
 _OTHERS = 2**30
 # Of the products and copies that rates are measured with, see measure_rates.
 _MEASURED = {"matrix": 8192, "copied": 2**28}
+# Of the products and copies that a GPU's data sheet promises: what does less is not alone on it.
+_DOUBTFUL = 0.25
 # Of XLA's pool of pinned host memory, which all GPUs of a process share, in GiB; and what it is otherwise.
 _HOST_POOL, _HOST_POOL_DEFAULT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64
 _FRACTION = "XLA_CLIENT_MEM_FRACTION"
@@ -214,11 +217,14 @@ def machine_rates() -> Rates:
     """Of this machine: measured once in some seconds, then kept in the user's cache folder.
 
     Measured in the run's own process, whose JAX has the GPU's memory: a run that measures them may report a
-    peak of up to 1.5 GiB (see _measured_sizes) where its steps take less.
+    peak of up to 1.5 GiB (see _measured_sizes) where its steps take less. Where others use the GPU meanwhile,
+    plans are better off with its data sheet's.
     """
     path = user_cache_folder() / "rates.json"
-    # Machines that share a home may hold the same GPU behind another link.
+    # Machines that share a home may hold the same GPU behind another link; flags can make products slower.
     kind = f"{platform.node()}: {current_device().kind}, jax {jax.__version__}"
+    if flags := os.environ.get("XLA_FLAGS"):
+        kind += f", {flags}"
     known = _known_rates(path)
     if kind in known:
         return known[kind]
@@ -227,6 +233,15 @@ def machine_rates() -> Rates:
     rates = measure_rates(**sizes)
     if sizes != _MEASURED:
         return rates  # smaller ones are slower: not to be kept
+    promised = _promised_rates(current_device().kind)
+    if promised is not None and _is_doubtful(rates, promised):
+        _log.warning(
+            "this GPU does products at %.0f TFLOP/s and copies at %.2f TB/s, where some %.0f and %.2f are to "
+            "be expected: something else uses it or slows it down (see nvidia-smi). The plan goes by what is "
+            "to be expected, and the next run measures again",
+            *(figure for each in (rates, promised) for figure in (each.flops / 1e12, each.memory / 1e12)),
+        )
+        return promised
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
@@ -236,6 +251,16 @@ def machine_rates() -> Rates:
     except OSError:
         pass  # measured again next time
     return rates
+
+
+def _promised_rates(kind: str) -> Rates | None:
+    """Of the data sheet of a GPU, as JAX calls it; None: it is none of the targets."""
+    return next((target.rates for target in TARGETS.values() if target.kind == kind), None)
+
+
+def _is_doubtful(rates: Rates, promised: Rates) -> bool:
+    """Links are left aside: how many lanes of which generation a GPU has is the host's affair."""
+    return rates.flops < _DOUBTFUL * promised.flops or rates.memory < _DOUBTFUL * promised.memory
 
 
 def _known_rates(path: Path) -> dict[str, Rates]:

@@ -10,6 +10,7 @@ import pytest
 
 from lorajax.memory import machine
 from lorajax.memory.costs import Rates
+from lorajax.memory.targets import find_target
 
 GIB = 2**30
 
@@ -225,6 +226,32 @@ def test_machines_that_share_a_home_have_their_own_rates(monkeypatch, tmp_path):
         assert machine.machine_rates().link == link
     monkeypatch.setattr(machine.platform, "node", lambda: "one")
     assert machine.machine_rates().link == 1e10  # kept, though another was measured since
+
+
+def test_rates_under_other_flags_are_others(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for flags, flops in (("", 1e12), ("--xla_gpu_autotune_level=0", 1e11)):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        monkeypatch.setattr(machine, "measure_rates", lambda flops=flops, **sizes: Rates(flops, 2e11, 3e10))
+        assert machine.machine_rates().flops == flops
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert machine.machine_rates().flops == 1e12
+
+
+@pytest.mark.parametrize(
+    ("flops", "memory", "doubtful"), [(12e12, 4e12, True), (7e14, 1e11, True), (4e14, 2e12, False)]
+)
+def test_rates_of_a_gpu_in_use_are_neither_believed_nor_kept(
+    flops, memory, doubtful, monkeypatch, tmp_path, caplog
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    h200, measured = find_target("h200"), Rates(flops, memory, 3e10)
+    monkeypatch.setattr(machine, "current_device", lambda: h200.device)
+    monkeypatch.setattr(machine, "measure_rates", lambda **sizes: measured)
+    monkeypatch.setattr(machine, "_gpu_memory_left", lambda: (80 * GIB, 0))
+    assert machine.machine_rates() == (h200.rates if doubtful else measured)
+    assert (tmp_path / "lorajax" / "rates.json").exists() is not doubtful
+    assert ("something else uses it" in caplog.text) is doubtful
 
 
 def test_rates_can_be_measured_here():
