@@ -27,6 +27,10 @@ _KINDS = {
     "integers": (jnp.integer,),
 }
 _LARGEST = float(np.finfo(np.float32).max)
+# Of factors, up and down: their squares, and products with scores, are still normal numbers of float32.
+_RANGE = 1e15
+# Triton's kernels make tanh(s) of 1 - 2 / (exp(2 s) + 1), whose error of 6e-8 a softcap multiplies.
+_MOST_SOFTCAP = 1e4
 
 _active = contextvars.ContextVar("lorajax_kernels.checked", default=False)
 
@@ -52,8 +56,15 @@ def check_dtype(op: str, kind: str, **arrays: Any) -> None:
 
 
 def at_least_int32(x: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """The same integers, in a dtype that bounds and differences fit: in int8 or uint8 these would wrap."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.int32))
+    """The same integers in int32, which bounds and differences fit: in int8 or uint8 these would wrap.
+
+    Those beyond int32 become the nearest in it.
+    """
+    own, info = jnp.iinfo(x.dtype), jnp.iinfo(jnp.int32)
+    library = np if isinstance(x, np.ndarray) else jnp  # whose own conversion of int64 would wrap
+    if own.max > info.max:
+        x = library.clip(x, max(own.min, info.min), info.max)
+    return x.astype(jnp.int32)
 
 
 def check_not_empty(op: str, **arrays: Any) -> None:
@@ -66,7 +77,7 @@ def check_not_empty(op: str, **arrays: Any) -> None:
 def check_arrays(op: str, **arrays: Any) -> None:
     """Raise for what is no array."""
     for name, array in arrays.items():
-        if not hasattr(array, "ndim"):
+        if not (hasattr(array, "ndim") and hasattr(array, "dtype")):
             raise ValueError(f"{op}: {name} must be an array, got {type(array).__name__}")
 
 
@@ -81,12 +92,18 @@ def check_number(op: str, name: str, number: Any, *, at_least: float = -_LARGEST
 def check_options(
     op: str, *, scale: float | None = None, softcap: float | None = None, **counts: int | None
 ) -> None:
-    """Raise unless scale is finite, softcap too and positive, and each count 1, 2, ...; None passes."""
+    """Raise unless scale and softcap are what float32 can reckon with, and each count 1, 2, ...; None passes.
+
+    A softcap is positive; a scale of 0 passes.
+    """
     for name, number in (("scale", scale), ("softcap", softcap)):
         if number is not None:
             check_number(op, name, number)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{op}: softcap must be positive, got {softcap}")
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number and not 1 / _RANGE <= abs(number) <= _RANGE:
+            raise ValueError(f"{op}: {name} must be between {1 / _RANGE:g} and {_RANGE:g}, got {number}")
     for name, count in counts.items():
         if count is None:
             continue
@@ -94,6 +111,13 @@ def check_options(
             raise ValueError(f"{op}: {name} must be an integer, got {count}")
         if count < 1:
             raise ValueError(f"{op}: {name} must be at least 1, got {count}")
+
+
+def why_not_capped(softcap: float | None) -> str | None:
+    """Why Triton's kernels do not serve a softcap; None if they do."""
+    if softcap is None or softcap <= _MOST_SOFTCAP:
+        return None
+    return f"it takes softcaps up to {_MOST_SOFTCAP:g}, not {softcap:g}"
 
 
 def check_segments(op: str, segment_ids: Int[Array, "B T"], max_segments: int | None) -> None:

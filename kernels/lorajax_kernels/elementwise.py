@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lorajax_kernels.checks import check_dtype, check_number
+from lorajax_kernels.checks import check_arrays, check_dtype, check_number
 
 
 def rms_norm(
@@ -21,6 +21,7 @@ def rms_norm(
     Raises:
         ValueError: shapes do not fit together, an array is not floating point, or epsilon is below 0.
     """
+    check_arrays("rms_norm", x=x, weight=weight)
     check_dtype("rms_norm", "floating point", x=x, weight=weight)
     check_number("rms_norm", "epsilon", epsilon, at_least=0)
     if x.ndim < 1:
@@ -50,6 +51,7 @@ def rope(
     Raises:
         ValueError: H is odd, shapes do not fit together, or an array is not floating point.
     """
+    check_arrays("rope", x=x, cos=cos, sin=sin)
     check_dtype("rope", "floating point", x=x, cos=cos, sin=sin)
     if x.ndim != 4 or x.shape[3] % 2:
         raise ValueError(f"rope: x must be [B, T, N, H] with an even H, got shape {x.shape}")
@@ -78,6 +80,7 @@ def geglu(
 
 
 def _check_up(op: str, gate: Array, up: Array) -> None:
+    check_arrays(op, gate=gate, up=up)
     check_dtype(op, "floating point", gate=gate, up=up)
     if up.shape != gate.shape:
         raise ValueError(f"{op}: up must have the shape of gate, {gate.shape}, got {up.shape}")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from lorajax_kernels.checks import check_dtype, check_options, check_segments
+from lorajax_kernels.checks import check_arrays, check_dtype, check_options, check_segments
 
 
 def bounds(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
@@ -50,7 +50,8 @@ def lengths(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def ranks(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Which segment of its row each token belongs to, counted from 0, int32."""
     _check("ranks", segment_ids)
-    return jnp.cumsum(jnp.pad(_changes(segment_ids), ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+    counted = jnp.cumsum(jnp.pad(_changes(segment_ids), ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+    return counted[:, : segment_ids.shape[1]]  # of no tokens, none
 
 
 def starts_and_lengths(
@@ -83,6 +84,7 @@ def _changes(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T1"]:
 
 
 def _check(op: str, segment_ids: Int[Array, "B T"]) -> None:
+    check_arrays(op, segment_ids=segment_ids)
     if len(segment_ids.shape) != 2:
         raise ValueError(f"{op}: segment_ids must be [B, T], got shape {segment_ids.shape}")
     check_dtype(op, "integers", segment_ids=segment_ids)

@@ -28,6 +28,7 @@ from lorajax_kernels import (
     linear_cross_entropy,
     lora_implementations,
     lora_linears,
+    nf4_linear,
     quantize_nf4,
     rms_norm,
     rope,
@@ -282,20 +283,30 @@ def test_attention_holds_no_scores(implementation, figure):
 
 
 @pytest.mark.parametrize(
-    ("softcap", "trainable_head", "vocabulary"),
-    ((None, False, 128256), (2.0, True, 128256), (None, False, 50257), (2.0, True, 32001)),
+    ("dtype", "softcap", "trainable_head", "vocabulary"),
+    (
+        ("bfloat16", None, False, 128256),
+        ("bfloat16", 2.0, True, 128256),
+        ("bfloat16", None, False, 50257),
+        ("bfloat16", 2.0, True, 32001),
+        ("float16", 2.0, True, 32001),
+        ("float32", None, True, 32001),
+    ),
 )
-def test_linear_cross_entropy_at_real_size(softcap, trainable_head, vocabulary, figure):
+def test_linear_cross_entropy_at_real_size(dtype, softcap, trainable_head, vocabulary, figure):
     """Each implementation against dense float32 logits, and against the others."""
     rows, features = 4096, 2048
-    x, head = random_arrays([(rows, features), (vocabulary, features)], jnp.bfloat16)
+    x, head = random_arrays([(rows, features), (vocabulary, features)], dtype)
     head = head / features**0.5
     weights = (jnp.arange(rows) % 3 > 0).astype(jnp.float32)
     targets = jnp.where(weights > 0, jax.random.randint(jax.random.key(0), (rows,), 0, vocabulary), -100)
     trained = (0, 1) if trainable_head else (0,)
-    case = f"linear_cross_entropy, {vocabulary}{', softcap and dhead' if trainable_head else ''}"
-    # With a trained head, dhead in float32 too, and what a chunk adds to it.
-    most = 700e6 + (2 * 4 * vocabulary * features if trainable_head else 0)
+    case = f"linear_cross_entropy, {dtype}, {vocabulary}"
+    case += f"{f', softcap {softcap}' if softcap else ''}{', dhead' if trainable_head else ''}"
+    # Logits and their gradient, twice as wide unless x is bfloat16.
+    most = 700e6 if dtype == "bfloat16" else 1400e6
+    if trainable_head:  # dhead in float32 too, and what a chunk adds to it
+        most += 2 * 4 * vocabulary * features
 
     def dense(x, head):
         logits = jnp.matmul(x, head.T, precision=jax.lax.Precision.HIGHEST)
@@ -330,7 +341,7 @@ def test_linear_cross_entropy_at_real_size(softcap, trainable_head, vocabulary, 
             f"{case} {name} against {other}: errors of loss, dx{', dhead' if trainable_head else ''}",
             " ".join(f"{error:.1e}" for error in errors),
         )
-        assert errors[0] <= 1e-5 and max(errors[1:]) <= TOLERANCES["bfloat16"]
+        assert errors[0] <= 1e-5 and max(errors[1:]) <= TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("implementation", cross_entropy_implementations())
@@ -417,6 +428,35 @@ def test_nf4_implementations_dequantize_alike_bit_for_bit(dtype, double_quant):
     ]
     assert bits[0].shape == w.shape
     np.testing.assert_array_equal(*map(np.asarray, bits))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("implementation", nf4_implementations())
+def test_nf4_linear_is_a_product_with_the_weight(implementation, dtype, figure):
+    x, w, dy = random_arrays([(2048, 4096), (1024, 4096), (2048, 1024)], dtype)
+    q = quantize_nf4(w)
+    try:
+        choose_nf4(q, dtype, implementation=implementation)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+    def run(function, x, dy):
+        y, vjp = jax.vjp(function, x)
+        return y, *vjp(dy)
+
+    def dense(x):
+        return jnp.matmul(x, dequantize_nf4(q, jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+
+    linear = functools.partial(nf4_linear, q=q, implementation=implementation)
+    found = jax.jit(functools.partial(run, linear))(x, dy)
+    expected = jax.jit(functools.partial(run, dense))(x.astype(jnp.float32), dy.astype(jnp.float32))
+    errors = [relative(a, b) for a, b in zip(found, expected, strict=True)]
+    figure(
+        f"nf4_linear, {implementation}, {dtype}: errors of y, dx",
+        " ".join(f"{error:.1e}" for error in errors),
+    )
+    # In 16 bits the weight that is multiplied is rounded too.
+    assert max(errors) <= TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("double_quant", (False, True))

@@ -302,6 +302,8 @@ WRONG_OPTIONS = (
     ({"softcap": np.nan}, "softcap must be a number, finite in float32, got nan"),
     ({"softcap": 1e39}, r"softcap must be a number, finite in float32, got 1e\+39"),
     ({"softcap": 0}, "softcap must be positive, got 0"),
+    ({"softcap": 3e38}, r"softcap must be between 1e-15 and 1e\+15, got 3e\+38"),
+    ({"scale": 1e-45}, r"scale must be between 1e-15 and 1e\+15, got 1e-45"),
     ({"scale": np.nan}, "scale must be a number, finite in float32, got nan"),
     ({"scale": -np.inf}, "scale must be a number, finite in float32, got -inf"),
     ({"window": 2.5}, "window must be an integer, got 2.5"),

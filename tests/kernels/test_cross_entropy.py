@@ -225,7 +225,11 @@ def test_chunks_are_few_even_and_whole_tiles(rows, limit, expected):
             {"x": jnp.zeros((N, 0)), "head": jnp.zeros((V, 0))},
             r"head must have no axis of length 0, got shape \(50, 0\)",
         ),
-        ({"head": quantize_nf4(jnp.ones((V, D)))}, r"head must be an array \[V, D\], got NF4Weight"),
+        ({"head": quantize_nf4(jnp.ones((V, D)))}, "head must be an array, got NF4Weight"),
+        ({"x": [1.0]}, "x must be an array, got list"),
+        ({"targets": [1] * N}, "targets must be an array, got list"),
+        ({"softcap": 3e38}, r"softcap must be between 1e-15 and 1e\+15, got 3e\+38"),
+        ({"softcap": 1e-39}, r"softcap must be between 1e-15 and 1e\+15, got 1e-39"),
         *(
             ({"x": jnp.zeros((N, D), dtype)}, f"x must be float32, bfloat16 or float16, got {dtype}")
             for dtype in ("int32", "bool", "float8_e4m3fn", "complex64")
@@ -244,6 +248,33 @@ def test_arguments_that_do_not_fit_are_named(change, message):
     arguments = dict(zip(("x", "head", "targets", "weights"), inputs(), strict=True)) | change
     with pytest.raises(ValueError, match=f"linear_cross_entropy: {message}"):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("dtype", ("int64", "uint64", "uint32"))
+def test_targets_beyond_32_bits_are_no_index(dtype):
+    """NumPy's, of which JAX would take the lower half."""
+    x, head, targets, weights = inputs()
+    right = np.maximum(targets, 0).astype(dtype)
+    assert linear_cross_entropy(x, head, right, weights) == linear_cross_entropy(x, head, targets, weights)
+    far = np.array(right)
+    far[np.argmax(weights != 0)] += np.array(2**32 if dtype != "uint32" else 2**31, dtype)
+    assert np.isnan(linear_cross_entropy(x, head, far, weights)[0])
+
+
+@pytest.mark.parametrize("weight", (2.0**-20, 1.0, 2.0**20))
+def test_float16_bears_weights_of_any_size(weight):
+    """The gradient of their mean: neither lost nor infinite on the way."""
+    x, head, targets, weights = inputs()
+    x, head = x.astype(jnp.float16), head.astype(jnp.float16)
+
+    def mean(weights):
+        def loss(x):
+            total, count = linear_cross_entropy(x, head, targets, weights)
+            return total / count
+
+        return jax.grad(loss)(x)
+
+    np.testing.assert_array_equal(mean(weights * weight), mean(weights))
 
 
 TILINGS = (Tiling(block=16, num_warps=4), Tiling(block=64, num_warps=4), Tiling(block=16384, num_warps=32))
@@ -338,6 +369,9 @@ def test_choice_follows_the_device():
     hopper = Device("H200", (9, 0), 91900)
     assert choose_cross_entropy(jnp.bfloat16, device=hopper).name == "triton"
     assert choose_cross_entropy(jnp.float16, device=hopper).name == "xla"
+    assert choose_cross_entropy(jnp.bfloat16, softcap=30.0, device=hopper).name == "triton"
+    _, refused = choose_cross_entropy(jnp.bfloat16, softcap=1e6, device=hopper)
+    assert refused == {"triton": "it takes softcaps up to 10000, not 1e+06"}
     assert choose_cross_entropy(jnp.bfloat16).name == "xla"  # here
     assert cross_entropy_implementations() == ("triton", "xla")
     with pytest.raises(ValueError, match="implementation 'triton' cannot serve: it writes .* float32"):

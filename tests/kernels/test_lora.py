@@ -269,6 +269,19 @@ def test_masks_are_as_good_as_random(rate):
             assert sizes == pytest.approx(1, abs=0.5)
 
 
+@pytest.mark.parametrize("rate", (0.05, 0.5))
+@pytest.mark.parametrize("keys", ("of seeds", "split"))
+def test_each_element_is_dropped_by_some_keys(keys, rate):
+    """As often as it should be; keys of seeds have a first word of 0."""
+    count = 4096
+    if keys == "of seeds":
+        some = jax.vmap(jax.random.key)(jnp.arange(count))
+    else:
+        some = jax.random.split(jax.random.key(0), count)
+    shares = jax.vmap(lambda key: dropout.kept(dropout.seed_of(adapter_of(key, rate)), (4, 6)))(some).mean(0)
+    assert np.all(np.abs(shares - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / count))
+
+
 def adapter_of(key, rate):
     return Adapter(jnp.zeros((1, 1)), jnp.zeros((1, 1)), 1.0, rate, key)
 
@@ -500,6 +513,16 @@ def test_nothing_is_made_before_it_is_needed(source):
             r"weights\[0\] must be \[out, in=34\] to fit x, got shape \(17, 33\)",
         ),
         ({"adapters": [None]}, "adapters must be one for each of the 3 weights, got 1"),
+        ({"adapters": None}, "adapters must be a sequence, got NoneType"),
+        ({"adapters": [(1, 2), None, None]}, r"adapters\[0\] must be an Adapter or None, got tuple"),
+        ({"biases": [[1.0], None, None]}, r"biases\[0\] must be an array, got list"),
+        ({"adapter": {"first_row": 3}}, r"adapters\[0\]\.first_row must be an array, got int"),
+        ({"adapter": {"first_row": jnp.ones(())}}, r"adapters\[0\]\.first_row must be integers, got float32"),
+        ({"adapter": {"first_row": jnp.arange(2)}}, r"adapters\[0\]\.first_row must be a scalar, got shape"),
+        (
+            {"adapter": {"dropout": 0.5, "key": jnp.zeros(3, jnp.uint32)}},
+            r"adapters\[0\]\.key must be one key of jax\.random, got uint32 of shape \(3,\)",
+        ),
         ({"biases": [None]}, "biases must be one for each of the 3 weights, got 1"),
         ({"biases": [None, None, jnp.zeros(8)]}, r"biases\[2\] must be \[out=9\] to fit weights\[2\], got"),
         ({"weights": [], "adapters": []}, "weights must hold at least one"),
@@ -707,6 +730,42 @@ def parts_of_a_vector(adapters):
     ]
 
 
+@pytest.mark.parametrize("vectors", ("one", "two", "apart"))
+def test_kernels_read_of_a_vector_if_it_is_that_of_all(run_on_cpu, monkeypatch, vectors):
+    """What two hold each of its own adapter, one after the other, is none of one of them."""
+    run_on_cpu(host.__name__, "lorajax_kernels.lora.triton_kernels")
+    calls = []
+
+    def operands(*arguments, **options):
+        calls.append(1)
+        return triton_operands(*arguments, **options)
+
+    kernels = gradient.TRITON._replace(operands=operands)
+    monkeypatch.setattr(
+        "lorajax_kernels.lora._IMPLEMENTATIONS",
+        (Implementation("triton", lambda problem, device: None, kernels),),
+    )
+    x, weights = normal(8, IN), [normal(17, IN), normal(9, IN)]
+    adapters = parts_of_a_vector(
+        [Adapter(normal(3, IN), normal(17, 3)), Adapter(normal(4, IN), normal(9, 4))]
+    )
+    if vectors == "two":
+        first, second = adapters
+        assert first.vector is not None
+        own = jnp.roll(first.vector, 1).at[:].set(jnp.nan)
+        for name in ("a", "b"):
+            part, start = getattr(second, name).ravel(), getattr(second, f"{name}_start")
+            own = own.at[start : start + part.size].set(part)
+        adapters[1] = dataclasses.replace(second, vector=own)
+    if vectors == "apart":
+        adapters = [dataclasses.replace(adapter, vector=None) for adapter in adapters]
+    found = jax.jit(lambda x: lora_linears(x, weights, adapters, arrangement="added"))(x)
+    expected = reference_lora_linears(x, weights, adapters)
+    for y, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
+    assert bool(calls) == (vectors == "one")
+
+
 # Of three adapters with dropout two drop, at different rates.
 @pytest.mark.parametrize("ranks", ((5,), (16, 3), (4, 8, 2)))
 @pytest.mark.parametrize("rows, width, programs", ((1, 16, 1), (40, 50, 4), (33, 33, 100)))
@@ -821,25 +880,38 @@ def test_triton_hidden_sums_compiles_without_a_gpu(compile_kernel, scaled, capab
 @pytest.mark.parametrize(
     "rank, capability, ones", ((32, 80, ()), (128, 86, ()), (32, 90, ("rows", "rank_0")), (128, 90, ()))
 )
-@pytest.mark.parametrize("name", ("dropped_hidden", "dropped_gradients", "dropped_added"))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "dropped_hidden_kernel",
+        "dropped_gradients_kernel",
+        "dropped_added_kernel",
+        "dropped_added_kernel_for_0_3",
+    ),
+)
 def test_triton_dropout_compiles_without_a_gpu(compile_kernel, name, rank, capability, ones):
     from lorajax_kernels.lora import triton_dropout_kernels
 
     tiling = triton_dropout.TILING
     pointers = {
-        "dropped_hidden": ("x_ptr", "a_ptr", "seeds_ptr"),
-        "dropped_gradients": ("x_ptr", "du_ptr", "seeds_ptr"),
-        "dropped_added": ("dx_ptr", "du_ptr", "a_ptr", "seeds_ptr"),
+        "dropped_hidden_kernel": ("x_ptr", "a_ptr", "seeds_ptr"),
+        "dropped_gradients_kernel": ("x_ptr", "du_ptr", "seeds_ptr"),
+        "dropped_added_kernel": ("dx_ptr", "du_ptr", "a_ptr", "seeds_ptr"),
+        "dropped_added_kernel_for_0_3": ("dx_ptr", "du_ptr", "a_ptr", "seeds_ptr", "_out_ptr"),
     }[name]
     sizes = [size for size in ("rows", "rank_0", "rank_1", "rank_2", "width") if size not in ones]
-    result = {"dropped_hidden": {"u_ptr": "*bf16"}, "dropped_gradients": {"da_ptr": "*fp32"}}.get(name, {})
+    result = {
+        "dropped_hidden_kernel": {"u_ptr": "*bf16"},
+        "dropped_gradients_kernel": {"da_ptr": "*fp32"},
+    }.get(name, {})
     own = {
-        "dropped_hidden": {"ADAPTERS": 3, "FILLED": 32},
-        "dropped_gradients": {"BLOCKS_PER_PROGRAM": 8},
-        "dropped_added": {"ADAPTERS": 3},
+        "dropped_hidden_kernel": {"ADAPTERS": 3, "FILLED": 32},
+        "dropped_gradients_kernel": {"BLOCKS_PER_PROGRAM": 8},
+        "dropped_added_kernel": {"ADAPTERS": 3},
+        "dropped_added_kernel_for_0_3": {"ADAPTERS": 3},
     }[name]
     compiled = compile_kernel(
-        getattr(triton_dropout_kernels, f"{name}_kernel"),
+        getattr(triton_dropout_kernels, name),
         capability,
         dict.fromkeys(pointers, "*bf16") | {"seeds_ptr": "*u32"} | dict.fromkeys(sizes, "i32") | result,
         {"IN": 2048, "BLOCK_ROWS": tiling.rows, "BLOCK_IN": tiling.columns, "BLOCK_R": rank, **own}
@@ -1017,6 +1089,19 @@ def test_triton_swiglu_backward_compiles_without_a_gpu(compile_kernel, name, cap
     constants = {"SIZE": 2**32, "BLOCK": host.ELEMENTS}
     compiled = compile_kernel(kernel, capability, pointers, constants, host.ELEMENT_WARPS, 1)
     assert "v4.b32" in compiled.asm["ptx"]  # 16 bytes a thread at a time
+
+
+def test_triton_by_name_raises_where_it_has_no_kernel(monkeypatch):
+    monkeypatch.setattr(
+        "lorajax_kernels.lora._IMPLEMENTATIONS",
+        (Implementation("triton", lambda problem, device: None, gradient.TRITON),),
+    )
+    x, weight = normal(8, IN), normal(1023, IN)
+    four = [weight] * 4, [Adapter(normal(3, IN), normal(1023, 3))] * 4
+    reason = "of more than 3 adapters its kernels take those of 1024 columns or more"
+    with pytest.raises(ValueError, match=f"lora_linears implementation 'triton' cannot serve: {reason}"):
+        lora_linears(x, *four, implementation="triton")
+    assert len(lora_linears(x, *four)) == 4
 
 
 def test_choice_follows_device_dtype_and_rank():

@@ -472,6 +472,7 @@ def test_refuses_what_is_not_in_nf4(q):
         (True, {"absmax2": jnp.zeros(2)}, r"absmax2 must be float32 \(1,\) .*got float32 \(2,\)"),
         (True, {"absmax2": None}, r"absmax2 must be float32 \(1,\) .*got None"),
         (True, {"offset": jnp.zeros(1)}, r"offset must be float32 \(\) .*got float32 \(1,\)"),
+        (False, {"shape": (768,)}, r"q must be of a weight \[out, in\], got one of shape \(768,\)"),
         (True, {"shape": (6, 127)}, r"packed must be uint8 \(381,\) for a weight of shape \(6, 127\)"),
     ),
 )

@@ -101,3 +101,14 @@ def test_bounds_of_a_packed_row():
     k_start, q_end = segments.bounds(np.array([[1, 1, 1, 2, 3, 3, 0, 0]]))
     np.testing.assert_array_equal(k_start, [[0, 0, 0, 3, 4, 4, 6, 6]])
     np.testing.assert_array_equal(q_end, [[3, 3, 3, 4, 6, 6, 8, 8]])
+
+
+def test_rows_of_no_tokens_have_no_segments():
+    empty = np.zeros((2, 0), np.int32)
+    for function in (segments.positions, segments.lengths, segments.ranks):
+        assert function(empty).shape == (2, 0)
+    starts, lengths = segments.starts_and_lengths(empty, 3)
+    np.testing.assert_array_equal(starts, np.zeros((2, 3)))
+    np.testing.assert_array_equal(lengths, np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="bounds: segment_ids must be an array, got list"):
+        segments.bounds([[1, 1]])

@@ -11,7 +11,7 @@ from lorajax_kernels.attention.cached import cached_attention
 from lorajax_kernels.attention.problem import Problem
 from lorajax_kernels.attention.reference import reference_attention
 from lorajax_kernels.attention.xla import xla_attention
-from lorajax_kernels.checks import check_dtype, check_not_empty, check_options, check_segments
+from lorajax_kernels.checks import check_arrays, check_dtype, check_not_empty, check_options, check_segments
 from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
 
 __all__ = ["attention", "attention_implementations", "cached_attention", "choose_attention"]
@@ -137,6 +137,7 @@ def _problem(
     max_segments: int | None,
 ) -> Problem:
     """The arguments as a Problem, once they are known to fit together; its window is at most T."""
+    check_arrays("attention", q=q, k=k, v=v, segment_ids=segment_ids)
     if len(q.shape) != 4:
         raise ValueError(f"attention: q must be [B, T, N, H], got shape {q.shape}")
     batch, length, heads, head_dim = q.shape

@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lorajax_kernels.checks import at_least_int32, check_dtype, check_lengths, check_not_empty, check_options
+from lorajax_kernels.checks import (
+    at_least_int32,
+    check_arrays,
+    check_dtype,
+    check_lengths,
+    check_not_empty,
+    check_options,
+)
 from lorajax_kernels.precision import einsum
 
 
@@ -35,6 +42,7 @@ def cached_attention(
         ValueError: shapes, dtypes or options do not fit together; in checked mode also for lengths outside
             1..S.
     """
+    check_arrays("cached_attention", q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
     check_not_empty("cached_attention", q=q, k_cache=k_cache)
     fits = (
         (q.ndim, k_cache.ndim) == (4, 4)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from lorajax_kernels import segments
 from lorajax_kernels.attention.problem import Problem
+from lorajax_kernels.checks import why_not_capped
 from lorajax_kernels.device import Device, current_device
 from lorajax_kernels.triton_call import block_for, load_kernels, triton_call
 
@@ -150,7 +151,7 @@ def why_not(problem: Problem, device: Device) -> str | None:
         return f"it computes in bfloat16 and float16, not {problem.dtype}"
     if problem.head_dim % 8 or problem.head_dim > MAX_HEAD_DIM:
         return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, not {problem.head_dim}"
-    return None
+    return why_not_capped(problem.softcap)
 
 
 def triton_attention(

@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lorajax_kernels.checks import at_least_int32, check_dtype, check_not_empty, check_options, check_targets
+from lorajax_kernels.checks import (
+    at_least_int32,
+    check_arrays,
+    check_dtype,
+    check_not_empty,
+    check_options,
+    check_targets,
+)
 from lorajax_kernels.cross_entropy import triton
 from lorajax_kernels.cross_entropy.xla import capped, losses, xla_loss_and_gradient
 from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
@@ -30,6 +37,7 @@ class Problem:
     """What an implementation is asked to do: loss and gradient of logits that x of this dtype has."""
 
     dtype: jnp.dtype
+    softcap: float | None = None
 
 
 # How the logits of a chunk become their loss and gradient. "auto" takes the first that can serve.
@@ -45,11 +53,16 @@ def cross_entropy_implementations() -> tuple[str, ...]:
 
 
 def choose_cross_entropy(
-    dtype: jnp.dtype, *, implementation: str = "auto", device: Device | None = None
+    dtype: jnp.dtype,
+    *,
+    softcap: float | None = None,
+    implementation: str = "auto",
+    device: Device | None = None,
 ) -> Choice:
     """Which implementation linear_cross_entropy runs for x of a dtype.
 
     Args:
+        softcap: of the logits.
         device: where it is to run; None: the current one.
 
     Returns:
@@ -59,7 +72,7 @@ def choose_cross_entropy(
     Raises:
         ValueError: the implementation is unknown or cannot serve.
     """
-    problem = Problem(jnp.dtype(dtype))
+    problem = Problem(jnp.dtype(dtype), softcap)
     return choose(
         "linear_cross_entropy", _IMPLEMENTATIONS, problem, implementation=implementation, device=device
     )
@@ -80,7 +93,8 @@ def linear_cross_entropy(
 
     Rows of weight 0 count for nothing, whatever their x and target (-100, say); chunks of such rows are
     skipped. Differentiable in x, and in head if `trainable_head`; targets and weights are constants. Under
-    differentiation the forward pass makes dx, in x's dtype, as its only residual; without it, only the loss.
+    differentiation the forward pass makes dx, in x's dtype, as its residual beside the weights; without it,
+    only the loss.
 
     Args:
         x: activations after the final norm, float32, bfloat16 or float16. Logits have float32 sums and are
@@ -111,7 +125,7 @@ def linear_cross_entropy(
         rows=rows,
         softcap=softcap,
         head_dtype=head.dtype if trainable_head else None,
-        implementation=choose_cross_entropy(x.dtype, implementation=implementation).name,
+        implementation=choose_cross_entropy(x.dtype, softcap=softcap, implementation=implementation).name,
     )
     weights = weights.astype(jnp.float32)
     targets = at_least_int32(targets)
@@ -173,7 +187,8 @@ def _loss_forward(plan: _Plan, x: Array, head: Array, targets: Array, weights: A
             logits = _logits(x, head, weights)
             loss, d = loss_and_gradient(logits, targets, weights)
             total = total + jnp.sum(loss)
-            dx = (einsum("rv,vd->rd", d, head) * weights[:, None]).astype(x.dtype)
+            # Without its weight, which float16 may be too narrow for before the loss is scaled back.
+            dx = product("rv,vd->rd", d, head)
             if dhead is not None:
                 weighted = jnp.where(weights[:, None] != 0, x * weights[:, None], 0).astype(x.dtype)
                 dhead = dhead + einsum("rv,rd->vd", d, weighted)
@@ -185,12 +200,13 @@ def _loss_forward(plan: _Plan, x: Array, head: Array, targets: Array, weights: A
     (total, dhead), dx = jax.lax.scan(
         visit, (jnp.zeros((), jnp.float32), dhead), _split(plan, x, targets, weights)
     )
-    return total, (dx.reshape(-1, x.shape[1])[: x.shape[0]], None if dhead is None else dhead[:vocab])
+    dx = dx.reshape(-1, x.shape[1])[: x.shape[0]]
+    return total, (dx, weights, None if dhead is None else dhead[:vocab])
 
 
 def _loss_backward(plan: _Plan, residuals, dloss: Array):
-    dx, dhead = residuals
-    dx = (dx.astype(jnp.float32) * dloss).astype(dx.dtype)
+    dx, weights, dhead = residuals
+    dx = (dx.astype(jnp.float32) * (weights * dloss)[:, None]).astype(dx.dtype)
     # A sum over many tokens fits float16 only once it is scaled.
     return dx, None if dhead is None else (dhead * dloss).astype(plan.head_dtype), None, None
 
@@ -224,8 +240,7 @@ def _split(plan: _Plan, x: Array, targets: Array, weights: Array) -> tuple[Array
 
 
 def _check(x: Array, head: Array, targets: Array, weights: Array, softcap: float | None, chunk: int | None):
-    if not hasattr(head, "ndim"):
-        raise ValueError(f"linear_cross_entropy: head must be an array [V, D], got {type(head).__name__}")
+    check_arrays("linear_cross_entropy", x=x, head=head, targets=targets, weights=weights)
     if x.ndim != 2 or head.ndim != 2 or x.shape[1] != head.shape[1]:
         raise ValueError(
             f"linear_cross_entropy: x must be [N, D] and head [V, D], got shapes {x.shape} and {head.shape}"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lorajax_kernels.checks import why_not_capped
 from lorajax_kernels.device import Device
 from lorajax_kernels.triton_call import block_for, load_kernels, triton_call
 
@@ -40,7 +41,7 @@ def why_not(problem: Problem, device: Device) -> str | None:
         return device.why_no_triton
     if problem.dtype != jnp.bfloat16:
         return f"it writes the gradient over bfloat16 logits, and x is {problem.dtype}"
-    return None
+    return why_not_capped(problem.softcap)
 
 
 def triton_loss_and_gradient(

@@ -145,7 +145,7 @@ def lora_linears(
             "mosaic" and sizes allow it, otherwise what moves less memory, in either pass.
         implementation: a name of `lora_implementations()`, or "auto": the first of them that can serve.
             "triton" has kernels for the adapters' products, "mosaic" for their sums with the frozen ones too,
-            where sizes allow it.
+            each where sizes allow it; a name of which no kernel would run raises.
 
     Returns:
         One output a layer, in x's dtype.
@@ -207,6 +207,9 @@ def _linears(
     arrangement: str,
     implementation: str,
 ) -> tuple[Array, ...]:
+    for name, given in (("weights", weights), ("adapters", adapters), ("biases", biases)):
+        if not isinstance(given, Sequence):
+            raise ValueError(f"{names.op}: {name} must be a sequence, got {type(given).__name__}")
     weights, adapters, biases = tuple(weights), tuple(adapters), tuple(biases)
     _check(names, x, weights, adapters, biases, arrangement)
     weight, epsilon = (None, 0.0) if norm is None else _checked_norm(names.op, norm, x.shape[-1])
@@ -241,7 +244,10 @@ def _options(
     choice = choose_lora(x.dtype, rank, implementation=implementation)
     # No rows are no programs for a kernel.
     kernels = function_of(_IMPLEMENTATIONS, choice.name) if x.size else gradient.XLA
-    options = gradient.Options(arrangement, trainable_bias, kernels, epsilon)
+    together = gradient.in_one_vector(adapters)
+    options = gradient.Options(arrangement, trainable_bias, kernels, together, epsilon)
+    if implementation == "triton" and x.size and (reason := triton.why_no_kernel(weights, adapters)):
+        raise ValueError(f"{op} implementation 'triton' cannot serve: {reason}")
     if implementation == "mosaic" and x.size:
         sums = gradient.sums_of(options, math.prod(x.shape[:-1]), weights, adapters)
         if sums and not any(tiling for _, tiling in sums):
@@ -291,10 +297,14 @@ def _check(
             )
         check_dtype(op, "floating point", **{name: weight})
         out = weight.shape[0]
+        if not isinstance(adapter, Adapter | None):
+            name = names.adapter.format(i).rstrip(".")
+            raise ValueError(f"{op}: {name} must be an Adapter or None, got {type(adapter).__name__}")
         if adapter is not None:
             _check_adapter(op, names.adapter.format(i), adapter, names.x, width, out)
         if bias is not None:
             own = names.bias.format(i)
+            check_arrays(op, **{own: bias})
             if bias.shape != (out,):
                 raise ValueError(f"{op}: {own} must be [out={out}] to fit {name}, got shape {bias.shape}")
             check_dtype(op, "floating point", **{own: bias})
@@ -315,6 +325,11 @@ def _check_adapter(op: str, name: str, adapter: Adapter, x: str, width: int, out
         raise ValueError(f"{where}dropout must be at least 0 and below 1, got {dropout}")
     if adapter.drops:
         _check_key(op, f"{name}key", adapter.key)
+    if adapter.first_row is not None:
+        check_arrays(op, **{f"{name}first_row": adapter.first_row})
+        check_dtype(op, "integers", **{f"{name}first_row": adapter.first_row})
+        if adapter.first_row.ndim:
+            raise ValueError(f"{where}first_row must be a scalar, got shape {adapter.first_row.shape}")
     if adapter.vector is not None:
         _check_vector(where, adapter, adapter.vector)
 
@@ -323,8 +338,12 @@ def _check_key(op: str, name: str, key: Any) -> None:
     """Raise unless it is one key, or the words of one."""
     check_arrays(op, **{name: key})
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not (key.ndim == 0 if typed else key.ndim == 1 and key.dtype == jnp.uint32):
+    if not (key.ndim == 0 if typed else key.dtype == jnp.uint32 and key.shape == _words_of_key()):
         raise ValueError(f"{op}: {name} must be one key of jax.random, got {key.dtype} of shape {key.shape}")
+
+
+def _words_of_key() -> tuple[int, ...]:
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
 def _check_vector(where: str, adapter: Adapter, vector: Array) -> None:

@@ -105,8 +105,9 @@ def seed_of(adapter: Adapter) -> UInt32[Array, " 3"]:
     """
     if adapter.key is None or not adapter.drops:
         return jnp.array([0, 1, 2**32 - 1], jnp.uint32)
-    start, step = _mixed(jax.random.key_data(adapter.key)[-2:] + jnp.uint32(0x9E3779B9))
+    first, step = _mixed(jax.random.key_data(adapter.key)[-2:] + jnp.uint32(0x9E3779B9))
     step |= 1
+    start = first + step  # of both words: the first of jax.random.key(seed) is 0
     if adapter.first_row is not None:
         start += adapter.first_row.astype(jnp.uint32) * step
     last = max(round((1 - adapter.dropout) * 2**32), 1) - 1

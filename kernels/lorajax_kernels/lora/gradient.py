@@ -102,12 +102,14 @@ class Options:
         arrangement: one of ARRANGEMENTS.
         trainable_bias: whether biases have gradients.
         kernels: what makes the small products, and whether sums are Mosaic's.
+        one_vector: whether all adapters are parts of one vector, A after A, and kernels read them there.
         epsilon: of the norm, where there is one.
     """
 
     arrangement: str
     trainable_bias: bool
     kernels: Kernels
+    one_vector: bool
     epsilon: float = 0.0
 
 
@@ -261,7 +263,7 @@ def _operands(
 ) -> tuple[Float[Array, "width in"], list[Float[Array, "out_i window_i"]]]:
     """All A, filled up with rows of zeros, and scale B in its columns, of as many adapters as have them."""
     make = options.kernels.operands
-    if make is not None and _in_one_vector(present) and len(present) <= MOST_ADAPTERS:
+    if make is not None and options.one_vector and len(present) <= MOST_ADAPTERS:
         return make(present, width=width, columns=columns, dtype=x.dtype)
     bs = [
         jnp.pad(
@@ -273,9 +275,15 @@ def _operands(
     return _filled_up(_stacked_a(x, present), width, axis=0), bs
 
 
-def _in_one_vector(present: Sequence[Adapter]) -> bool:
-    """Whether they are parts of a vector, A after A."""
+def in_one_vector(adapters: Adapters) -> bool:
+    """Whether there are some, and they are parts of one vector, A after A.
+
+    To be asked of what an op is given: within its derivatives each has a vector of its own.
+    """
+    present = _present(adapters)
     if not present or any(adapter.vector is None for adapter in present):
+        return False
+    if any(adapter.vector is not present[0].vector for adapter in present):
         return False
     follow = [adapter.a_start + adapter.a.size for adapter in present]
     return all(adapter.a_start == end for adapter, end in zip(present[1:], follow, strict=False))

@@ -95,6 +95,14 @@ def why_not(problem: Problem, device: Device) -> str | None:
     return None
 
 
+def why_no_kernel(weights: Sequence[Any], adapters: Sequence[Adapter | None]) -> str | None:
+    """Why none of these kernels would run for layers of one input; None if some would."""
+    outs = [weight.shape[0] for weight, own in zip(weights, adapters, strict=True) if own is not None]
+    if len(outs) <= MOST_ADAPTERS or max(outs) >= MIN_OUT:
+        return None
+    return f"of more than {MOST_ADAPTERS} adapters its kernels take those of {MIN_OUT} columns or more"
+
+
 def triton_hidden_and_b(
     dy: Float[Array, "rows out"],
     u: Float[Array, "rows all"],

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from lorajax_kernels.checks import check_dtype, check_not_empty
+from lorajax_kernels.checks import check_arrays, check_dtype, check_not_empty
 from lorajax_kernels.device import Choice, Device, Implementation, anywhere, choose, function_of
 from lorajax_kernels.nf4 import triton
 from lorajax_kernels.nf4.reference import BLOCK, CODE, DYNAMIC_CODE, GROUP, reference_dequantize
@@ -221,6 +221,7 @@ def nf4_linear(
         ValueError: x does not fit q, or as in dequantize_nf4.
     """
     _check("nf4_linear", q)
+    check_arrays("nf4_linear", x=x)
     if x.ndim < 1 or x.shape[-1] != q.shape[1]:
         raise ValueError(f"nf4_linear: x must be [..., in={q.shape[1]}] to fit q, got shape {x.shape}")
     check_dtype("nf4_linear", "float32, bfloat16 or float16", x=x)
@@ -268,6 +269,8 @@ def _check(op: str, q: NF4Weight) -> None:
     """Raise unless it is an NF4Weight whose arrays fit its shape and one another."""
     if not isinstance(q, NF4Weight):
         raise ValueError(f"{op}: q must be an NF4Weight, got {type(q).__name__}")
+    if len(q.shape) != 2:
+        raise ValueError(f"{op}: q must be of a weight [out, in], got one of shape {q.shape}")
     size = math.prod(q.shape)
     blocks = -(-size // BLOCK)
     expected: dict[str, tuple[Any, tuple[int, ...]]] = {
