@@ -206,7 +206,7 @@ def _loss_forward(plan: _Plan, x: Array, head: Array, targets: Array, weights: A
 
 def _loss_backward(plan: _Plan, residuals, dloss: Array):
     dx, weights, dhead = residuals
-    dx = (dx.astype(jnp.float32) * (weights * dloss)[:, None]).astype(dx.dtype)
+    dx = (dx.astype(jnp.float32) * weights[:, None] * dloss).astype(dx.dtype)
     # A sum over many tokens fits float16 only once it is scaled.
     return dx, None if dhead is None else (dhead * dloss).astype(plan.head_dtype), None, None
 
