@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from lorajax.config import Config
 from lorajax.errors import UserError
 from lorajax.lora.adapter import outline_lora
 from lorajax.memory.analysis import Memory, gib
-from lorajax.memory.costs import Rates, workload
+from lorajax.memory.costs import Rates, evaluating_bytes, workload
 from lorajax.memory.planner import (
     BATCH_BYTES,
     Estimate,
@@ -99,6 +100,23 @@ def problem_of(
         offloads=offloads,
         micro_batches=micro_batch_counts(rows),
         mlp_chunks=config.memory.mlp_chunks,
+        evaluation=functools.partial(_evaluation_bytes, model) if evaluates(config) else None,
+    )
+
+
+def evaluates(config: Config) -> bool:
+    """Whether a run has samples to be evaluated on."""
+    return config.data.eval_path is not None or config.data.eval_fraction > 0
+
+
+def _evaluation_bytes(model: Decoder, problem: Problem, layout: Layout) -> int:
+    """Estimated, beside weights and state."""
+    return evaluating_bytes(
+        model.options,
+        itemsize=model.dtype.itemsize,
+        rows=layout.rows,
+        length=problem.workload(1).length,
+        mlp_chunks=layout.mlp_chunks,
     )
 
 
@@ -348,10 +366,11 @@ def make_plan(
     if asked == "auto":
         return choose_again(plan)
     check_offload(asked, offloads=problem.offloads, kind=device.kind)
+    rows = config.train.per_device_train_batch_size
+    plan = replace(plan, chosen=estimate(problem, Layout(rows, asked, config.memory.mlp_chunks or 1)))
     if sum(problem.fixed) > budget:
         raise UserError(refusal(plan))
-    rows = config.train.per_device_train_batch_size
-    return replace(plan, chosen=estimate(problem, Layout(rows, asked, config.memory.mlp_chunks or 1)))
+    return plan
 
 
 def check_offload(asked: Checkpointing, *, offloads: bool, kind: str) -> None:

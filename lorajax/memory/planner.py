@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
@@ -94,6 +95,8 @@ class Problem:
         offloads: whether the device can keep activations in host memory.
         micro_batches: those that may be chosen; each divides `rows`.
         mlp_chunks: parts of its tokens that an MLP takes one after the other, where that is not to be chosen.
+        evaluation: (problem, layout) -> bytes that an evaluation takes beside weights and state; None: there
+            is none.
     """
 
     workload: Callable[[int], Workload]
@@ -103,6 +106,7 @@ class Problem:
     offloads: bool
     micro_batches: Sequence[int]
     mlp_chunks: int | None = None
+    evaluation: Callable[[Problem, Layout], int] | None = None
 
     def chunks(self, work: Workload, policy: Policy) -> Sequence[int]:
         """Those that may be chosen with a policy; more than one only where rows cannot be taken apart."""
@@ -127,7 +131,8 @@ class Problem:
 
 def micro_batch_counts(rows: int) -> list[int]:
     """Into how many micro-batches of equal size so many rows can be cut, from one up."""
-    return [count for count in range(1, rows + 1) if rows % count == 0]
+    small = [count for count in range(1, math.isqrt(rows) + 1) if rows % count == 0]
+    return sorted({*small, *(rows // count for count in small)})
 
 
 def estimates(problem: Problem) -> list[Estimate]:

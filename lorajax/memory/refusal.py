@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorajax.memory.analysis import gib
-from lorajax.memory.planner import Estimate, estimate, estimates
+from lorajax.memory.planner import BATCH_BYTES, Estimate, Problem, estimate, estimates
 from lorajax.memory.policy import MADE_IN_CHUNKS, PRESETS, Checkpointing, Policy
 
 if TYPE_CHECKING:
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 _GIB, _MIB = 2**30, 2**20
 # Tokens of the shortest rows that are offered where longer ones do not fit.
 _SHORTEST = 16
+# What a compiled step may take more than is estimated, where none has been compiled yet: this share of it,
+# but at least so many bytes, because small programs are off by more.
+_MARGIN, _LEAST_MARGIN = 0.03, 2**26
+# Share of the memory from which on the tokens of a step are what there is too much of.
+_MANY_TOKENS = 0.05
 
 
 def refusal(plan: Plan) -> str:
@@ -28,20 +33,36 @@ def refusal(plan: Plan) -> str:
 
 def _refusal(plan: Plan) -> str:
     fixed = sum(plan.options[0].device[:3])
-    if fixed > plan.budget:
-        ceiling, least = plan.ceilings[0], plan.size(_smallest(plan)[0])
-        larger = "take a larger GPU"
-        if ceiling is None or ceiling >= least:
-            larger = f"raise memory.budget, to {_at_least(least)} or more"
-        return (
-            f"weights, adapters and optimizer alone take {gib(fixed)} of {plan.device}, the budget is "
-            f"{gib(plan.budget)}; {larger}, or take a smaller model"
-        )
-    why = _nothing_fits(plan) if plan.asked == "auto" else _does_not_fit(plan)
     lines = offers(plan)
-    if not lines:
-        return f"{why}; lower data.max_length, or take a smaller model"
-    return "\n".join([f"{why}. What fits:", *lines])
+    if fixed > plan.budget:
+        why = (
+            f"weights, adapters, optimizer and batch alone take {gib(fixed)} of {plan.device}, the budget is "
+            f"{gib(plan.budget)}"
+        )
+        otherwise = "take a larger GPU, or take a smaller model"
+        if (batch := BATCH_BYTES * plan.tokens) > _MANY_TOKENS * plan.budget:
+            otherwise = (
+                f"the {plan.tokens:,} tokens of a step take {gib(batch)} of that: lower "
+                "train.per_device_train_batch_size or train.gradient_accumulation_steps"
+            )
+        return _with_offers(why, lines, otherwise)
+    why = _nothing_fits(plan) if plan.asked == "auto" else _does_not_fit(plan)
+    return _with_offers(why, lines)
+
+
+def _with_offers(
+    why: str, lines: list[str], otherwise: str = "lower data.max_length, or take a smaller model"
+) -> str:
+    return "\n".join([f"{why}. What fits:", *lines]) if lines else f"{why}; {otherwise}"
+
+
+def refused_evaluation(plan: Plan, taken: int) -> str:
+    """Why a run that would fit cannot be evaluated, which takes so many bytes beside weights and state."""
+    why = (
+        f"an evaluation takes {gib(taken)} beside weights and state ({gib(plan.fixed)}), the budget is "
+        f"{gib(plan.budget)}"
+    )
+    return _with_offers(why, offers(plan))
 
 
 def _does_not_fit(plan: Plan) -> str:
@@ -83,8 +104,18 @@ def _smallest(plan: Plan) -> tuple[Estimate, Estimate | None]:
 
 def offers(plan: Plan, count: int = 3) -> list[str]:
     """Settings with which it fits, each with what it takes and reaches: the nearest first."""
-    every = itertools.chain(_other_policies(plan), _larger_budgets(plan), _shorter_rows(plan))
-    return list(itertools.islice(every, count))
+    found: list[str] = []
+    for line in itertools.chain(
+        _other_policies(plan),
+        _larger_budgets(plan),
+        _shorter_rows(plan),
+        _shorter_rows_and_larger_budgets(plan),
+    ):
+        if line not in found:
+            found.append(line)
+        if len(found) == count:
+            break
+    return found
 
 
 def _offer(plan: Plan, option: Estimate, flags: str) -> str:
@@ -93,13 +124,16 @@ def _offer(plan: Plan, option: Estimate, flags: str) -> str:
     return f"  {gib(plan.size(option))}{host}, about {speed:,.0f} tokens/s: {flags}"
 
 
+_AUTO = "--memory.checkpointing auto"
+
+
 def _other_policies(plan: Plan) -> Iterator[str]:
     """Auto, then the fastest for the rows of a micro-batch that are asked for."""
     if plan.asked == "auto":
         return
-    best = next((option for option in plan.options if plan.fits(option)), None)
+    best = next(filter(plan.fits, map(_guarded(plan), plan.options)), None)
     if best is not None:
-        yield _offer(plan, best, "--memory.checkpointing auto")
+        yield _offer(plan, best, _AUTO)
     fitting = [(name, option) for name, option in _named(plan).items() if plan.fits(option)]
     if fitting:
         name, option = min(fitting, key=lambda each: each[1].seconds)
@@ -126,11 +160,24 @@ def _named(plan: Plan) -> dict[str, Estimate]:
 
 
 def _larger_budgets(plan: Plan) -> Iterator[str]:
-    """For what is asked for; with auto for the smallest layouts."""
-    for option in (plan.chosen,) if plan.asked != "auto" else _smallest(plan):
-        flags = None if option is None else _raised(plan, option)
-        if option is not None and flags:
-            yield _offer(plan, option, flags)
+    """For what is asked for, and with auto for the smallest layouts."""
+    guarded = _guarded(plan)
+    if plan.asked != "auto":
+        yield from _raising(plan, guarded(plan.chosen))
+    for option in _smallest(plan):
+        if option is not None:
+            yield from _raising(plan, guarded(option), *_auto(plan))
+
+
+def _auto(plan: Plan) -> list[str]:
+    """What has to be set to have auto."""
+    return [] if plan.asked == "auto" else [_AUTO]
+
+
+def _raising(plan: Plan, option: Estimate, *others: str) -> Iterator[str]:
+    """An option with the budgets that it needs, if there is as much."""
+    if flags := _raised(plan, option):
+        yield _offer(plan, option, " ".join([*others, flags]))
 
 
 def _raised(plan: Plan, option: Estimate) -> str | None:
@@ -145,45 +192,84 @@ def _raised(plan: Plan, option: Estimate) -> str | None:
             continue
         if ceiling is not None and size > ceiling:
             return None
-        flags.append(f"--memory.{setting} {_at_least(size * share)}")
+        flags.append(f"--memory.{setting} {at_least(size * share)}")
         unknown += [where] * (ceiling is None)
     caveat = f" (where {' and '.join(unknown)} can give it)" if unknown else ""
     return f"{' '.join(flags)}{caveat}"
 
 
 def _shorter_rows(plan: Plan) -> Iterator[str]:
-    """Half, a quarter, ... of the tokens, as far as that fits."""
-    problem, asked = plan.problem, plan.chosen.layout
+    """Half, a quarter, ... of the tokens, as far as that fits: for what is asked for, then with auto."""
+    for asked in [plan.asked] if plan.asked == "auto" else [plan.asked, "auto"]:
+        for length, there, guarded, found in _shortened(plan, asked):
+            if best := next(filter(there.fits, map(guarded, found)), None):
+                flags = [*(_auto(plan) if asked == "auto" else []), f"--data.max_length {length}"]
+                yield _offer(there, best, " ".join(flags))
+
+
+def _shorter_rows_and_larger_budgets(plan: Plan) -> Iterator[str]:
+    """With auto, where neither is enough."""
+    for length, there, guarded, found in _shortened(plan, "auto"):
+        smallest = min(map(guarded, found), key=there.size)
+        yield from _raising(there, smallest, *_auto(plan), f"--data.max_length {length}")
+
+
+def _shortened(
+    plan: Plan, asked: Checkpointing
+) -> Iterator[tuple[int, Plan, Callable[[Estimate], Estimate], list[Estimate]]]:
+    """Half, a quarter, ... of the tokens, the plan for that, and what could be chosen in it."""
+    problem, chosen = plan.problem, plan.chosen.layout
     if problem is None:
         return
     length = whole = problem.workload(1).length
     while (length := length // 2) >= _SHORTEST:
         shorter = problem.shortened(length)
-        if plan.asked == "auto":
-            found = estimates(shorter)
-        else:
-            found = [estimate(shorter, asked._replace(checkpointing=plan.asked))]
         there = replace(plan, tokens=plan.tokens * length // whole, sizes={})
-        moved = map(_corrections(plan, length / whole), found)
-        if best := next(filter(there.fits, moved), None):
-            yield _offer(there, best, f"--data.max_length {length}")
+        found = (
+            estimates(shorter)
+            if asked == "auto"
+            else [estimate(shorter, chosen._replace(checkpointing=asked))]
+        )
+        yield length, there, _corrections(plan, shorter), found
 
 
-def _corrections(plan: Plan, share: float = 1.0) -> Callable[[Estimate], Estimate]:
-    """For new estimates: they are off by a share of what that of the chosen layout was.
+def _guarded(plan: Plan) -> Callable[[Estimate], Estimate]:
+    """For options of the plan: with a margin until something is compiled, and as large as an evaluation."""
 
-    Where that took more than was estimated, by all of it: what was not thought of may not depend on the rows.
+    def guarded(option: Estimate) -> Estimate:
+        return option.corrected(_wanted(plan, plan.problem, option, plan.size(option)) - option.device.total)
+
+    return guarded
+
+
+def _corrections(plan: Plan, problem: Problem | None = None) -> Callable[[Estimate], Estimate]:
+    """For new estimates, of the plan's problem or one of shorter rows.
+
+    They are off by a share of what that of the chosen layout was; where that took more than was estimated, by
+    all of it: what was not thought of may not depend on the rows. Until something is compiled, by a margin.
     """
     assert plan.problem is not None
+    there = problem or plan.problem
+    share = there.workload(1).length / plan.problem.workload(1).length
     before, chosen = estimate(plan.problem, plan.chosen.layout), plan.chosen
     off = chosen.device.total - before.device.total
     away = chosen.host / before.host if before.host else 1.0
 
     def corrected(option: Estimate) -> Estimate:
         scaled = int(off * option.layout.rows / chosen.layout.rows * share)
-        return option.corrected(max(scaled, off) if off > 0 else scaled, away)
+        size = option.device.total + (max(scaled, off) if off > 0 else scaled)
+        return option.corrected(_wanted(plan, there, option, size) - option.device.total, away)
 
     return corrected
+
+
+def _wanted(plan: Plan, problem: Problem | None, option: Estimate, step: int) -> int:
+    """Bytes of a GPU with which an option that takes so many for a step can be run, as far as is known."""
+    evaluation = 0
+    if problem is not None and problem.evaluation is not None:
+        evaluation = sum(option.device[:3]) + problem.evaluation(problem, option.layout)
+    most = max(step, evaluation)
+    return most if plan.sizes else most + max(int(_MARGIN * most), _LEAST_MARGIN)
 
 
 def spelled(asked: Checkpointing) -> str:
@@ -195,6 +281,6 @@ def spelled(asked: Checkpointing) -> str:
     return shlex.quote("{" + ", ".join(f"{name}: {action}" for name, action in actions.items()) + "}")
 
 
-def _at_least(size: int) -> str:
+def at_least(size: int) -> str:
     """A size, rounded up, as settings take it."""
     return f"{math.ceil(100 * size / _GIB) / 100:.2f}GiB" if size >= _GIB else f"{math.ceil(size / _MIB)}MiB"

@@ -16,7 +16,7 @@ from lorajax.data import chat_template, check_length, load_tokenizer
 from lorajax.errors import UserError
 from lorajax.generation import answering_memory, bucket, power_of_two
 from lorajax.memory.analysis import Memory, gib
-from lorajax.memory.costs import answering_bytes, evaluating_bytes
+from lorajax.memory.costs import answering_bytes
 from lorajax.memory.elsewhere import Variant, compile_elsewhere
 from lorajax.memory.machine import (
     CONTEXT_BYTES,
@@ -32,12 +32,14 @@ from lorajax.memory.plan import (
     accepted,
     check_offload,
     choose_again,
+    evaluates,
     make_plan,
     outline_of,
     problem_of,
     settle,
 )
 from lorajax.memory.policy import Layout
+from lorajax.memory.refusal import at_least, refused_evaluation
 from lorajax.memory.targets import TARGETS, Target, find_target
 from lorajax.models.checkpoint import resolve
 from lorajax.models.decoder import Decoder
@@ -96,11 +98,11 @@ def _plan_here(config: Config, compiles: bool, estimated: Callable[[Plan], None]
     model = _checked_outline(config)
     plan, run = _planned_for(budget, RunShape(config=config, mesh=data_mesh(), total_steps=1000), model)
     if not compiles:
-        plan = _estimated_evaluation(plan, config, model)
+        plan = _estimated_evaluation(plan)
         return accepted(_estimated_answers(plan, config.output, model)[0])
     if estimated is not None:
         estimated(plan)
-    _, _, settled = compile_planned(run, plan, model, evaluates=_evaluates(config))
+    _, _, settled = compile_planned(run, plan, model, evaluates=evaluates(config))
     assert settled is not None
     if not config.output.sample_prompts:
         return settled
@@ -127,24 +129,24 @@ def _plan_elsewhere(
     )
     plan, _ = _estimated_answers(plan, config.output, model)
     if not compiles:
-        return accepted(_estimated_evaluation(plan, config, model))
+        return accepted(_estimated_evaluation(plan))
     if estimated is not None:
         estimated(plan)
 
     @functools.cache
     def evaluation(rows: int, mlp_chunks: int) -> Memory:
-        # Nothing is kept from layer to layer, so that two take as much as all.
-        layout, layers = Layout(rows, "none", mlp_chunks), min(2, len(model.layers))
+        # Nothing is kept from layer to layer, so that a few take as much as all.
+        layout, layers = Layout(rows, "none", mlp_chunks), min(8, len(model.layers))
         return compile_elsewhere(config, target, Variant(layout, num_layers=layers, evaluates=True))
 
     def compiled(layout: Layout) -> tuple[None, Memory]:
         step = compile_elsewhere(config, target, Variant(layout))
-        if _evaluates(config):
+        if evaluates(config):
             return None, with_evaluation(step, evaluation(layout.rows, layout.mlp_chunks))
         return None, step
 
     plan, _ = settle(plan, compiled)
-    if _evaluates(config):
+    if evaluates(config):
         layout = plan.chosen.layout
         plan = plan.beside("evaluation", evaluation(layout.rows, layout.mlp_chunks).temporaries)
     return plan
@@ -167,37 +169,22 @@ def _checked_outline(config: Config) -> Decoder:
     return model
 
 
-def _evaluates(config: Config) -> bool:
-    return config.data.eval_path is not None or config.data.eval_fraction > 0
-
-
-def _estimated_evaluation(plan: Plan, config: Config, model: Decoder) -> Plan:
+def _estimated_evaluation(plan: Plan) -> Plan:
     """With what it is expected to take, where nothing is to be compiled; of the layouts that it fits with.
 
     Raises:
         UserError: it does not fit.
     """
-    if not _evaluates(config):
+    problem = plan.problem
+    if problem is None or problem.evaluation is None:
         return plan
-
-    def taken(layout: Layout) -> int:
-        return evaluating_bytes(
-            model.options,
-            itemsize=model.dtype.itemsize,
-            rows=layout.rows,
-            length=config.data.max_length,
-            mlp_chunks=layout.mlp_chunks,
-        )
-
+    taken = functools.partial(problem.evaluation, problem)
     some = [option for option in plan.options if plan.fixed + taken(option.layout) <= plan.budget]
     if plan.asked == "auto" and some:
         plan = choose_again(dataclasses.replace(plan, options=some))
-    plan = plan.beside("evaluation", taken(plan.chosen.layout))
+    plan = accepted(plan).beside("evaluation", taken(plan.chosen.layout))
     if plan.others["evaluation"] > plan.budget:
-        raise UserError(
-            f"an evaluation takes {gib(taken(plan.chosen.layout))} beside weights and state "
-            f"({gib(plan.fixed)}), the budget is {gib(plan.budget)}; lower data.max_length"
-        )
+        raise UserError(refused_evaluation(plan, taken(plan.chosen.layout)))
     return plan
 
 
@@ -265,7 +252,10 @@ def _answered(plan: Plan, output: OutputConfig, taken: Callable[[int], int]) -> 
             return plan, at_once
         if at_once == 1:
             ceiling = plan.ceilings[0]
-            raised = ", or raise memory.budget" if ceiling is None or ceiling > plan.budget else ""
+            needed = plan.others["generation"]
+            raised = f", or raise memory.budget to {at_least(needed)} or more" * (
+                not ceiling or ceiling >= needed
+            )
             raise UserError(
                 f"answering one of output.sample_prompts takes {gib(size)} beside weights and state "
                 f"({gib(plan.fixed)}), the budget is {gib(plan.budget)}; shorten them, or lower "

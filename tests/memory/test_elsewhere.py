@@ -219,8 +219,20 @@ def test_the_shapes_of_a_large_model_come_along(capsys, tmp_path):
 
 
 def test_a_budget_below_the_weights_is_refused(config_of):
-    with pytest.raises(UserError, match="weights, adapters and optimizer alone take .* of Tesla T4"):
+    with pytest.raises(UserError, match="weights, adapters, optimizer and batch alone take .* of Tesla T4"):
         plan_memory(config_of(memory__budget="8MiB"), "t4", compiles=False)
+
+
+def test_an_evaluation_that_does_not_fit_is_answered_with_what_does(config_of, monkeypatch):
+    """In place of advice that a step alone would do with."""
+    monkeypatch.setattr("lorajax.memory.plan._evaluation_bytes", lambda model, problem, layout: 2**30)
+    settings = {"data__eval_fraction": 0.5, "memory__checkpointing": "auto"}
+    with pytest.raises(UserError, match=r"an evaluation takes 1.00G beside weights and state \(") as error:
+        plan_memory(config_of(**settings, memory__budget="900MiB"), "t4", compiles=False)
+    _, first, *_ = str(error.value).splitlines()
+    budget = first.split("--memory.budget ")[1]
+    plan = plan_memory(config_of(**settings, memory__budget=budget), "t4", compiles=False)
+    assert plan.others["evaluation"] > 2**30
 
 
 def test_offloading_without_host_memory_is_refused(config_of):
@@ -240,8 +252,10 @@ def test_what_is_asked_for_and_does_not_fit_is_answered_with_what_does(config_of
     lines = [line.split(" tokens/s: ")[1] for line in str(error.value).splitlines()[1:]]
     assert len(lines) == 3 and lines[0] == "--memory.checkpointing auto"
     for flags in lines:
-        flag, value = shlex.split(flags)
-        given = {flag[2:].replace(".", "__"): value}
+        words = shlex.split(flags.partition(" (where")[0])
+        given = {
+            flag[2:].replace(".", "__"): value for flag, value in zip(words[::2], words[1::2], strict=True)
+        }
         config = config_of(**({"memory__checkpointing": "none"} | settings | given))
         plan = plan_memory(config, "l4", compiles=False)
         assert plan.most <= plan.budget
@@ -308,8 +322,7 @@ def test_an_estimated_evaluation_decides_over_layouts_too(config_of):
     four, one = estimated(), estimated(train__per_device_train_batch_size=1)
     between = (four.others["evaluation"] + one.others["evaluation"]) // 2
     assert between > one.taken
-    message = "an evaluation takes .* beside weights and state .* lower data.max_length"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="memory.checkpointing full: a step takes"):
         estimated(memory__budget=f"{between} B")
     auto = estimated(memory__checkpointing="auto", memory__budget=f"{between} B")
     assert auto.chosen.layout.rows < 4 and auto.most <= between

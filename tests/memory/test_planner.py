@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import operator
 import re
 import shlex
@@ -334,11 +335,24 @@ def test_a_step_that_takes_more_host_memory_than_there_is_is_refused(plan_of):
 
 def test_refusals_say_what_is_missing(plan_of):
     shape = {"rows": 8, "length": 2048}
-    alone = r"weights, .* alone take 2.55G of H200.* raise memory.budget, to (\S+) or more"
-    with pytest.raises(UserError, match=alone) as error:
-        plan_of("1b", **shape, budget=2)
-    least = re.search(alone, str(error.value))[1]
-    assert plan_of("1b", **shape, budget=parse_size(least) / GIB).chosen
+    alone = r"weights, .* batch alone take 2.55G of H200, the budget is 2.00G"
+    for asked in ("auto", "none"):
+        with pytest.raises(UserError, match=alone) as error:
+            accepted(plan_of("1b", **shape, budget=2, asked=asked))
+        lines = offered(str(error.value))
+        assert len(lines) == 3
+        for *_, flags in lines:
+            kept, length = (
+                flags.get("--memory.checkpointing", asked),
+                int(flags.get("--data.max_length", 2048)),
+            )
+            budget = parse_size(flags["--memory.budget"]) / GIB
+            assert accepted(plan_of("1b", rows=8, length=length, budget=budget, asked=kept)).chosen
+    plan = plan_of("1b", **shape, budget=16)
+    least = dataclasses.replace(plan, budget=2 * GIB, ceilings=(0, 0), problem=None)
+    assert refusal(least).endswith("the budget is 2.00G; take a larger GPU, or take a smaller model")
+    many = dataclasses.replace(least, tokens=10**8)
+    assert "the 100,000,000 tokens of a step take 1.86G of that: lower train.per_device_" in refusal(many)
     with pytest.raises(
         UserError, match=r"nothing fits 2.60G of H200 and 0.00G of host memory: memory.budget is"
     ):
@@ -378,9 +392,9 @@ def offered(message):
         ("none", 8, 64, ["checkpointing", "checkpointing", "budget"]),
         ({"gate": "save", "up": "offload"}, 4, 64, ["checkpointing", "checkpointing", "budget"]),
         ("offload", 8, 0.1, ["checkpointing", "checkpointing", "host_budget"]),
-        ("none", 2.9, 0, ["budget", "max_length", "max_length"]),
+        ("none", 2.9, 0, ["budget", "checkpointing", "budget", "max_length"]),
         ("auto", 2.9, 0, ["budget", "max_length", "max_length"]),
-        ("auto", 3, 0.01, ["budget", "host_budget", "max_length"]),
+        ("auto", 3, 0.01, ["budget", "budget", "host_budget", "max_length"]),
     ],
 )
 def test_each_line_of_a_refusal_is_true(asked, budget, host, settings, plan_of):
@@ -401,9 +415,15 @@ def test_each_line_of_a_refusal_is_true(asked, budget, host, settings, plan_of):
         length = int(flags.get("--data.max_length", 2048))
         plan = accepted(plan_of("1b", rows=8, length=length, **now, asked=kept))
         assert plan.tokens_per_second(plan.chosen) > speed - 1
-        if asked != "auto" or "--data.max_length" in flags:  # with more memory it may choose something faster
-            assert plan.taken / GIB == pytest.approx(size, abs=0.006)
+        if kept != "auto":  # which may choose something faster: there is room for its step to take more
+            assert with_margin(plan.taken) / GIB == pytest.approx(size, abs=0.006)
             assert plan.chosen.host / GIB == pytest.approx(away, abs=0.006)
+        assert any(with_margin(option.device.total) <= plan.budget + 2**23 for option in plan.options)
+
+
+def with_margin(size):
+    """What is to be free for a step that is estimated to take so much."""
+    return size + max(0.03 * size, 2**26)
 
 
 def test_what_is_offered_is_the_least_and_the_fastest(plan_of):
@@ -412,18 +432,19 @@ def test_what_is_offered_is_the_least_and_the_fastest(plan_of):
     auto, named, raised = offered(refusal(plan))
     assert named[-1]["--memory.checkpointing"].startswith("{") and 5 < named[0] <= 8  # full takes 4.7
     needed = parse_size(raised[-1]["--memory.budget"])
-    assert plan.taken <= needed < plan.taken + 0.011 * GIB
+    assert 0 <= needed - with_margin(plan.taken) < 0.011 * GIB
     assert auto[0] <= 8
-    _, named, _ = offered(refusal(plan_of("1b", **shape, budget=4.8, host=0)))
+    _, named, _ = offered(refusal(plan_of("1b", **shape, budget=4.95, host=0)))
     assert named[-1] == {"--memory.checkpointing": "full"}  # and not {block_input: save}
 
 
 def test_no_more_memory_is_offered_than_there_is(plan_of):
     plan = plan_of("1b", rows=8, length=2048, budget=8, asked="none")
-    least = dataclasses.replace(plan, ceilings=(plan.taken, None))
+    needed = math.ceil(with_margin(plan.taken))
+    least = dataclasses.replace(plan, ceilings=(needed, None))
     assert "--memory.budget" in refusal(least) and "(where" not in refusal(least)
     assert "(where the GPU can give it)" in refusal(plan)
-    less = dataclasses.replace(plan, ceilings=(plan.taken - 1, None))
+    less = dataclasses.replace(plan, ceilings=(needed - 2, None))
     assert "--memory.budget" not in refusal(less) and "--data.max_length 512" in refusal(less)
 
 
@@ -440,7 +461,8 @@ def test_what_is_offered_is_corrected_by_what_was_compiled(problem, plan_of):
     before = offered(refusal(plan))
     checked = plan.checked(Memory(plan.taken, off, 0))
     after = offered(refusal(checked))
-    assert after[2][0] == pytest.approx(before[2][0] + 1, abs=0.011)
+    assert after[2][0] == pytest.approx((plan.taken + off) / GIB, abs=0.006)
+    assert before[2][0] == pytest.approx(with_margin(plan.taken) / GIB, abs=0.006)
     for (size, *_), found in zip(after[:2], before[:2], strict=True):
         assert size <= 8 and found[0] + 1 > 8  # what fitted before does not
     # The same policy for half as many tokens may be off by as much: it is not known what by.
