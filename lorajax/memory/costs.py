@@ -97,6 +97,7 @@ class Workload:
         trainable: number of trainable parameters.
         rows, length: of a micro-batch, in tokens.
         context: tokens of the document that a token is in, on average: attention costs by them.
+        attention: bytes a token that the backward pass of attention holds for more than two segments a row.
     """
 
     options: DecoderOptions
@@ -107,6 +108,7 @@ class Workload:
     rows: int
     length: int
     context: int
+    attention: int = 0
 
     @property
     def tokens(self) -> int:
@@ -294,9 +296,9 @@ class Costs:
 
 
 def workload(
-    model: Decoder, *, weights: int, trainable: int, rows: int, length: int, context: int
+    model: Decoder, *, weights: int, trainable: int, rows: int, length: int, context: int, attention: int = 0
 ) -> Workload:
-    """Of a model, whose arrays may be abstract."""
+    """Of a model, whose arrays may be abstract; see Workload."""
     ranks: dict[str, int] = {}
     for path, linear in model.linears().items():
         name = path.rpartition(".")[2]
@@ -311,6 +313,7 @@ def workload(
         rows=rows,
         length=length,
         context=min(context, length),
+        attention=attention,
     )
 
 

@@ -67,7 +67,13 @@ def outline_of(config: Config, path: str | Path | None = None) -> Decoder:
 
 
 def problem_of(
-    config: Config, model: Decoder, *, rates: Rates, offloads: bool, context: int | None = None
+    config: Config,
+    model: Decoder,
+    *,
+    rates: Rates,
+    offloads: bool,
+    context: int | None = None,
+    attention: int = 0,
 ) -> Problem:
     """What a run has to be planned for.
 
@@ -77,6 +83,7 @@ def problem_of(
         rates: of the machine.
         offloads: whether activations can go to host memory.
         context: tokens of the document that a token is in, on average; None: a whole row.
+        attention: see Workload.
     """
     train, length = config.train, config.data.max_length
     trained = LoRAParam if train.mode == "lora" else nnx.Param
@@ -93,6 +100,7 @@ def problem_of(
             rows=rows,
             length=length,
             context=length if context is None else context,
+            attention=attention,
         ),
         rates=rates,
         rows=rows,

@@ -306,7 +306,7 @@ def _workspace(work: Workload, policy: Policy, mlp_chunks: int) -> float:
     head = work.itemsize * o.vocab_size * o.hidden_size if o.vocab_size % MULTIPLE else 0
     loss = min(logits, LOGIT_BYTES) + head + 2.5 * hidden
     # While attention is differentiated; more than the MLP takes where that is cut.
-    most = max(loss, 7 * hidden)
+    most = max(loss, 7 * hidden + work.attention * work.tokens)
     for layer in set(policy.layers):
         kept = layer.saved | layer.offloaded
         gates = ("gate" not in kept) + ("up" not in kept)

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import jax
-from lorajax_kernels.device import current_device
+import jax.numpy as jnp
+from lorajax_kernels import choose_attention
+from lorajax_kernels.attention.cudnn import workspace_bytes
+from lorajax_kernels.device import Device, current_device
 
 from lorajax.config import Config, OutputConfig, parse_size, validate
 from lorajax.data import chat_template, check_length, load_tokenizer
@@ -44,7 +47,7 @@ from lorajax.memory.targets import TARGETS, Target, find_target
 from lorajax.models.checkpoint import resolve
 from lorajax.models.decoder import Decoder
 from lorajax.sharding import data_mesh
-from lorajax.training.inputs import RunShape
+from lorajax.training.inputs import RunShape, max_segments
 from lorajax.training.program import compile_planned, use_compilation_cache, with_evaluation
 
 if TYPE_CHECKING:
@@ -120,7 +123,13 @@ def _plan_elsewhere(
     budget = most if memory.budget is None else min(most, parse_size(memory.budget))
     _note_a_larger_budget(memory.budget, budget)
     plan = make_plan(
-        problem_of(config, model, rates=target.rates, offloads=True),
+        problem_of(
+            config,
+            model,
+            rates=target.rates,
+            offloads=True,
+            attention=_attention_bytes(config, model, target.device),
+        ),
         config,
         device=target.device,
         budget=budget,
@@ -264,6 +273,22 @@ def _answered(plan: Plan, output: OutputConfig, taken: Callable[[int], int]) -> 
         at_once //= 2
 
 
+def _attention_bytes(config: Config, model: Decoder, device: Device) -> int:
+    """A token, for more than two segments a row: cuDNN's backward pass grows with them."""
+    o, length, segments = model.options, config.data.max_length, max_segments(config)
+    q, k = (
+        jax.ShapeDtypeStruct((1, length, heads, o.head_dim), model.dtype)
+        for heads in (o.num_heads, o.num_kv_heads)
+    )
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    wanted = config.model.attention
+    try:
+        choice = choose_attention(q, k, k, ids, max_segments=segments, implementation=wanted, device=device)
+    except ValueError:  # is said where the model is made
+        return 0
+    return workspace_bytes(segments - 2, q.shape, k.shape) // length if choice.name == "cudnn" else 0
+
+
 def planned(run: R, model: Decoder) -> tuple[Plan | None, R]:
     """How the run goes over its rows, before its weights are read.
 
@@ -292,11 +317,19 @@ def _planned_for(budget: int, run: R, model: Decoder) -> tuple[Plan, R]:
     """`planned` on GPUs that have so many bytes each."""
     config, memory = run.config, run.config.memory
     _note_a_larger_budget(memory.budget, budget)
-    problem = problem_of(config, model, rates=machine_rates(), offloads=offloads(), context=run.context)
+    device = current_device()
+    problem = problem_of(
+        config,
+        model,
+        rates=machine_rates(),
+        offloads=offloads(),
+        context=run.context,
+        attention=_attention_bytes(config, model, device),
+    )
     plan = make_plan(
         problem,
         config,
-        device=current_device(),
+        device=device,
         budget=budget,
         host_budget=host_limit(memory.host_budget),
         # With a budget JAX' allocator has no more than that.

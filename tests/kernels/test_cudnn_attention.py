@@ -362,4 +362,4 @@ def test_the_workspace_is_that_of_the_kernel():
     assert len(recorded) >= 5 and any(heads == kv_heads for _, _, heads, kv_heads, *_ in recorded)
     for batch, length, heads, kv_heads, head_dim, segments, taken in recorded:
         q, k = ((batch, length, n, head_dim) for n in (heads, kv_heads))
-        assert cudnn._workspace(batch * segments, q, k) == pytest.approx(taken, rel=0.015)
+        assert cudnn.workspace_bytes(batch * segments, q, k) == pytest.approx(taken, rel=0.015)

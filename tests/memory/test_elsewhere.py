@@ -328,6 +328,22 @@ def test_an_estimated_evaluation_decides_over_layouts_too(config_of):
     assert auto.chosen.layout.rows < 4 and auto.most <= between
 
 
+def test_estimates_count_what_cudnn_holds_for_many_documents(config_of):
+    settings = {"memory__checkpointing": "full", "model__dtype": "bfloat16", "data__max_length": 1024}
+
+    def taken(attention, documents):
+        config = config_of(**settings, model__attention=attention, data__max_segments=documents)
+        plan = plan_memory(config, "h100", compiles=False)
+        return plan, plan.chosen.device.workspace
+
+    plan, many = taken("cudnn", 1001)
+    o, tokens = plan.problem.workload(4).options, plan.tokens
+    grouped = 4 * o.head_dim * (o.num_kv_heads != o.num_heads)
+    more = 1000 * tokens * o.num_heads * (4 * o.head_dim + grouped + 4)
+    assert more < many < 1.1 * more + taken("cudnn", 1)[1]
+    assert taken("triton", 1001)[1] == taken("triton", 1)[1] == taken("cudnn", 1)[1]
+
+
 @pytest.mark.slow
 @needs_plugin
 @pytest.mark.parametrize("chunks", (1, 4))

@@ -153,6 +153,8 @@ def test_the_smallest_layout_has_its_gradients_on_the_host(problem):
 
 def test_rows_are_cut_into_equal_micro_batches():
     assert micro_batch_counts(12) == [1, 2, 3, 4, 6, 12]
+    assert micro_batch_counts(9) == [1, 3, 9] and micro_batch_counts(1) == [1]
+    assert len(micro_batch_counts(10**12)) == 169  # not one by one
 
 
 def test_no_option_is_beaten_in_time_and_memory(problem):

@@ -177,12 +177,12 @@ def _stand_in(direction: str, *arrays: Array, is_training: bool = False) -> Any:
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ((q, k, v) if direction == "bwd" else (q,))]
     if is_training:
         results.append(jax.ShapeDtypeStruct((places, heads, length), jnp.float32))
-    workspace = _workspace(places, q.shape, k.shape) if direction == "bwd" else 0
+    workspace = workspace_bytes(places, q.shape, k.shape) if direction == "bwd" else 0
     size = jax.ShapeDtypeStruct((workspace,), jnp.uint8)
     return stand_in(*arrays, out_shape=[*results, size])[:-1]
 
 
-def _workspace(places: int, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> int:
+def workspace_bytes(places: int, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> int:
     """Bytes that the backward pass holds beside its results.
 
     A row for each of all segments, and of each query head dq in float32 and a float32; with grouped queries
