@@ -109,7 +109,6 @@ def offers(plan: Plan, count: int = 3) -> list[str]:
         _other_policies(plan),
         _larger_budgets(plan),
         _shorter_rows(plan),
-        _shorter_rows_and_larger_budgets(plan),
     ):
         if line not in found:
             found.append(line)
@@ -199,19 +198,33 @@ def _raised(plan: Plan, option: Estimate) -> str | None:
 
 
 def _shorter_rows(plan: Plan) -> Iterator[str]:
-    """Half, a quarter, ... of the tokens, as far as that fits: for what is asked for, then with auto."""
+    """Half, a quarter, ... of the tokens, as far as that fits: for what is asked for, then with auto.
+
+    Then, with auto, those for which a budget has to be raised too.
+    """
+    fits, raisable = _could_fit(plan, plan.budget), _could_fit(plan, plan.ceilings[0])
+    raised: list[str] = []
     for asked in [plan.asked] if plan.asked == "auto" else [plan.asked, "auto"]:
+        if not (fits or (raisable and asked == "auto")):
+            continue
+        others = _auto(plan) if asked == "auto" else []
         for length, there, guarded, found in _shortened(plan, asked):
-            if best := next(filter(there.fits, map(guarded, found)), None):
-                flags = [*(_auto(plan) if asked == "auto" else []), f"--data.max_length {length}"]
+            options, flags = list(map(guarded, found)), [*others, f"--data.max_length {length}"]
+            if best := next(filter(there.fits, options), None):
                 yield _offer(there, best, " ".join(flags))
+            elif asked == "auto":
+                raised += _raising(there, min(options, key=there.size), *flags)
+            if not fits:  # and will not with shorter rows
+                yield from raised
+                raised.clear()
+    yield from raised
 
 
-def _shorter_rows_and_larger_budgets(plan: Plan) -> Iterator[str]:
-    """With auto, where neither is enough."""
-    for length, there, guarded, found in _shortened(plan, "auto"):
-        smallest = min(map(guarded, found), key=there.size)
-        yield from _raising(there, smallest, *_auto(plan), f"--data.max_length {length}")
+def _could_fit(plan: Plan, most: int | None) -> bool:
+    """Whether weights and adapters do, with the margin; None is no limit."""
+    if plan.problem is None:
+        return False
+    return most is None or _with_margin(plan, sum(plan.problem.fixed[:2])) <= most
 
 
 def _shortened(
@@ -268,8 +281,11 @@ def _wanted(plan: Plan, problem: Problem | None, option: Estimate, step: int) ->
     evaluation = 0
     if problem is not None and problem.evaluation is not None:
         evaluation = sum(option.device[:3]) + problem.evaluation(problem, option.layout)
-    most = max(step, evaluation)
-    return most if plan.sizes else most + max(int(_MARGIN * most), _LEAST_MARGIN)
+    return _with_margin(plan, max(step, evaluation))
+
+
+def _with_margin(plan: Plan, size: int) -> int:
+    return size if plan.sizes else size + max(int(_MARGIN * size), _LEAST_MARGIN)
 
 
 def spelled(asked: Checkpointing) -> str:

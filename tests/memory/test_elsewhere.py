@@ -328,6 +328,7 @@ def test_an_estimated_evaluation_decides_over_layouts_too(config_of):
     assert auto.chosen.layout.rows < 4 and auto.most <= between
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="cuDNN has no grouped queries there")
 def test_estimates_count_what_cudnn_holds_for_many_documents(config_of):
     settings = {"memory__checkpointing": "full", "model__dtype": "bfloat16", "data__max_length": 1024}
 
