@@ -275,9 +275,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def find_name(kind: str) -> str | None:
     """The name under which lorajax knows a kind of GPU."""
-    from lorajax.memory.targets import TARGETS
+    from lorajax.memory.targets import target_of_kind
 
-    return next((name for name, target in TARGETS.items() if target.kind == kind), None)
+    target = target_of_kind(kind)
+    return None if target is None else target.name
 
 
 def main() -> None:

@@ -97,11 +97,11 @@ def check_options(
     A softcap is positive; a scale of 0 passes.
     """
     for name, number in (("scale", scale), ("softcap", softcap)):
-        if number is not None:
-            check_number(op, name, number)
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"{op}: softcap must be positive, got {softcap}")
-    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is None:
+            continue
+        check_number(op, name, number)
+        if name == "softcap" and number <= 0:
+            raise ValueError(f"{op}: softcap must be positive, got {number}")
         if number and not 1 / _RANGE <= abs(number) <= _RANGE:
             raise ValueError(f"{op}: {name} must be between {1 / _RANGE:g} and {_RANGE:g}, got {number}")
     for name, count in counts.items():

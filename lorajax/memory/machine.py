@@ -21,7 +21,7 @@ from lorajax_kernels.measure import compare, copy_bandwidth, matmul_rate
 from lorajax.config import parse_size
 from lorajax.data.cache import user_cache_folder
 from lorajax.memory.costs import Rates
-from lorajax.memory.targets import TARGETS
+from lorajax.memory.targets import target_of_kind
 
 _log = logging.getLogger("lorajax")
 
@@ -233,8 +233,8 @@ def machine_rates() -> Rates:
     rates = measure_rates(**sizes)
     if sizes != _MEASURED:
         return rates  # smaller ones are slower: not to be kept
-    promised = _promised_rates(current_device().kind)
-    if promised is not None and _is_doubtful(rates, promised):
+    target = target_of_kind(current_device().kind)
+    if target is not None and _is_doubtful(rates, promised := target.rates):
         _log.warning(
             "this GPU does products at %.0f TFLOP/s and copies at %.2f TB/s, where some %.0f and %.2f are to "
             "be expected: something else uses it or slows it down (see nvidia-smi). The plan goes by what is "
@@ -251,11 +251,6 @@ def machine_rates() -> Rates:
     except OSError:
         pass  # measured again next time
     return rates
-
-
-def _promised_rates(kind: str) -> Rates | None:
-    """Of the data sheet of a GPU, as JAX calls it; None: it is none of the targets."""
-    return next((target.rates for target in TARGETS.values() if target.kind == kind), None)
 
 
 def _is_doubtful(rates: Rates, promised: Rates) -> bool:

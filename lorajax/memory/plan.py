@@ -117,13 +117,13 @@ def evaluates(config: Config) -> bool:
     return config.data.eval_path is not None or config.data.eval_fraction > 0
 
 
-def _evaluation_bytes(model: Decoder, problem: Problem, layout: Layout) -> int:
+def _evaluation_bytes(model: Decoder, layout: Layout, length: int) -> int:
     """Estimated, beside weights and state."""
     return evaluating_bytes(
         model.options,
         itemsize=model.dtype.itemsize,
         rows=layout.rows,
-        length=problem.workload(1).length,
+        length=length,
         mlp_chunks=layout.mlp_chunks,
     )
 

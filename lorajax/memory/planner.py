@@ -95,8 +95,8 @@ class Problem:
         offloads: whether the device can keep activations in host memory.
         micro_batches: those that may be chosen; each divides `rows`.
         mlp_chunks: parts of its tokens that an MLP takes one after the other, where that is not to be chosen.
-        evaluation: (problem, layout) -> bytes that an evaluation takes beside weights and state; None: there
-            is none.
+        evaluation: (layout, tokens of a row) -> bytes that an evaluation takes beside weights and state;
+            None: there is none.
     """
 
     workload: Callable[[int], Workload]
@@ -106,7 +106,16 @@ class Problem:
     offloads: bool
     micro_batches: Sequence[int]
     mlp_chunks: int | None = None
-    evaluation: Callable[[Problem, Layout], int] | None = None
+    evaluation: Callable[[Layout, int], int] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.workload(1).length
+
+    def evaluating(self, layout: Layout) -> int:
+        """Bytes that an evaluation takes beside weights and state; 0 without one."""
+        return 0 if self.evaluation is None else self.evaluation(layout, self.length)
 
     def chunks(self, work: Workload, policy: Policy) -> Sequence[int]:
         """Those that may be chosen with a policy; more than one only where rows cannot be taken apart."""
@@ -125,7 +134,7 @@ class Problem:
             return replace(longer, length=length, context=min(longer.context, length))
 
         weights, adapters, optimizer = self.fixed
-        less = BATCH_BYTES * self.rows * (self.workload(1).length - length)
+        less = BATCH_BYTES * self.rows * (self.length - length)
         return replace(self, workload=work, fixed=(weights, adapters, optimizer - less))
 
 

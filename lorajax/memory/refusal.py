@@ -24,6 +24,7 @@ _SHORTEST = 16
 _MARGIN, _LEAST_MARGIN = 0.03, 2**26
 # Share of the memory from which on the tokens of a step are what there is too much of.
 _MANY_TOKENS = 0.05
+_AUTO = "--memory.checkpointing auto"
 
 
 def refusal(plan: Plan) -> str:
@@ -121,9 +122,6 @@ def _offer(plan: Plan, option: Estimate, flags: str) -> str:
     host = f" and {gib(option.host)} of host memory" if option.host else ""
     speed = plan.tokens_per_second(option)
     return f"  {gib(plan.size(option))}{host}, about {speed:,.0f} tokens/s: {flags}"
-
-
-_AUTO = "--memory.checkpointing auto"
 
 
 def _other_policies(plan: Plan) -> Iterator[str]:
@@ -232,9 +230,8 @@ def _shortened(
 ) -> Iterator[tuple[int, Plan, Callable[[Estimate], Estimate], list[Estimate]]]:
     """Half, a quarter, ... of the tokens, the plan for that, and what could be chosen in it."""
     problem, chosen = plan.problem, plan.chosen.layout
-    if problem is None:
-        return
-    length = whole = problem.workload(1).length
+    assert problem is not None  # see _could_fit
+    length = whole = problem.length
     while (length := length // 2) >= _SHORTEST:
         shorter = problem.shortened(length)
         there = replace(plan, tokens=plan.tokens * length // whole, sizes={})
@@ -250,7 +247,7 @@ def _guarded(plan: Plan) -> Callable[[Estimate], Estimate]:
     """For options of the plan: with a margin until something is compiled, and as large as an evaluation."""
 
     def guarded(option: Estimate) -> Estimate:
-        return option.corrected(_wanted(plan, plan.problem, option, plan.size(option)) - option.device.total)
+        return _grown(plan, plan.problem, option, plan.size(option))
 
     return guarded
 
@@ -263,7 +260,7 @@ def _corrections(plan: Plan, problem: Problem | None = None) -> Callable[[Estima
     """
     assert plan.problem is not None
     there = problem or plan.problem
-    share = there.workload(1).length / plan.problem.workload(1).length
+    share = there.length / plan.problem.length
     before, chosen = estimate(plan.problem, plan.chosen.layout), plan.chosen
     off = chosen.device.total - before.device.total
     away = chosen.host / before.host if before.host else 1.0
@@ -271,17 +268,15 @@ def _corrections(plan: Plan, problem: Problem | None = None) -> Callable[[Estima
     def corrected(option: Estimate) -> Estimate:
         scaled = int(off * option.layout.rows / chosen.layout.rows * share)
         size = option.device.total + (max(scaled, off) if off > 0 else scaled)
-        return option.corrected(_wanted(plan, there, option, size) - option.device.total, away)
+        return _grown(plan, there, option, size, away)
 
     return corrected
 
 
-def _wanted(plan: Plan, problem: Problem | None, option: Estimate, step: int) -> int:
-    """Bytes of a GPU with which an option that takes so many for a step can be run, as far as is known."""
-    evaluation = 0
-    if problem is not None and problem.evaluation is not None:
-        evaluation = sum(option.device[:3]) + problem.evaluation(problem, option.layout)
-    return _with_margin(plan, max(step, evaluation))
+def _grown(plan: Plan, problem: Problem | None, option: Estimate, step: int, away: float = 1.0) -> Estimate:
+    """An option whose step takes so many bytes, as large as what a run of it needs, evaluations included."""
+    evaluation = 0 if problem is None else sum(option.device[:3]) + problem.evaluating(option.layout)
+    return option.corrected(_with_margin(plan, max(step, evaluation)) - option.device.total, away)
 
 
 def _with_margin(plan: Plan, size: int) -> int:

@@ -157,6 +157,11 @@ _TARGETS = (
 TARGETS = {target.name: target for target in _TARGETS}
 
 
+def target_of_kind(kind: str) -> Target | None:
+    """The GPU that JAX calls so; None: it is none of them."""
+    return next((target for target in TARGETS.values() if target.kind == kind), None)
+
+
 def find_target(name: str) -> Target:
     """The GPU of a name, in any case, with or without its spaces and hyphens.
 

@@ -187,13 +187,15 @@ def _estimated_evaluation(plan: Plan) -> Plan:
     problem = plan.problem
     if problem is None or problem.evaluation is None:
         return plan
-    taken = functools.partial(problem.evaluation, problem)
-    some = [option for option in plan.options if plan.fixed + taken(option.layout) <= plan.budget]
+    some = [
+        option for option in plan.options if plan.fixed + problem.evaluating(option.layout) <= plan.budget
+    ]
     if plan.asked == "auto" and some:
         plan = choose_again(dataclasses.replace(plan, options=some))
-    plan = accepted(plan).beside("evaluation", taken(plan.chosen.layout))
+    taken = problem.evaluating(plan.chosen.layout)
+    plan = accepted(plan).beside("evaluation", taken)
     if plan.others["evaluation"] > plan.budget:
-        raise UserError(refused_evaluation(plan, taken(plan.chosen.layout)))
+        raise UserError(refused_evaluation(plan, taken))
     return plan
 
 
@@ -262,9 +264,9 @@ def _answered(plan: Plan, output: OutputConfig, taken: Callable[[int], int]) -> 
         if at_once == 1:
             ceiling = plan.ceilings[0]
             needed = plan.others["generation"]
-            raised = f", or raise memory.budget to {at_least(needed)} or more" * (
-                not ceiling or ceiling >= needed
-            )
+            raised = ""
+            if ceiling is None or ceiling >= needed:
+                raised = f", or raise memory.budget to {at_least(needed)} or more"
             raise UserError(
                 f"answering one of output.sample_prompts takes {gib(size)} beside weights and state "
                 f"({gib(plan.fixed)}), the budget is {gib(plan.budget)}; shorten them, or lower "

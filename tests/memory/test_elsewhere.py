@@ -225,7 +225,7 @@ def test_a_budget_below_the_weights_is_refused(config_of):
 
 def test_an_evaluation_that_does_not_fit_is_answered_with_what_does(config_of, monkeypatch):
     """In place of advice that a step alone would do with."""
-    monkeypatch.setattr("lorajax.memory.plan._evaluation_bytes", lambda model, problem, layout: 2**30)
+    monkeypatch.setattr("lorajax.memory.plan._evaluation_bytes", lambda model, layout, length: 2**30)
     settings = {"data__eval_fraction": 0.5, "memory__checkpointing": "auto"}
     with pytest.raises(UserError, match=r"an evaluation takes 1.00G beside weights and state \(") as error:
         plan_memory(config_of(**settings, memory__budget="900MiB"), "t4", compiles=False)

@@ -246,19 +246,31 @@ def _options(
     kernels = function_of(_IMPLEMENTATIONS, choice.name) if x.size else gradient.XLA
     together = gradient.in_one_vector(adapters)
     options = gradient.Options(arrangement, trainable_bias, kernels, together, epsilon)
-    if implementation == "triton" and x.size and (reason := triton.why_no_kernel(weights, adapters)):
-        raise ValueError(f"{op} implementation 'triton' cannot serve: {reason}")
-    if implementation == "mosaic" and x.size:
-        sums = gradient.sums_of(options, math.prod(x.shape[:-1]), weights, adapters)
-        if sums and not any(tiling for _, tiling in sums):
-            sizes = ", ".join(f"{rows} x {' + '.join(map(str, ks))} x {out}" for (rows, out, ks), _ in sums)
-            reason = (
-                f"arrangement is {arrangement!r}"
-                if arrangement != "auto"
-                else f"its tiles fit none of {sizes}"
-            )
-            raise ValueError(f"{op} implementation 'mosaic' cannot serve: {reason}")
+    rows = math.prod(x.shape[:-1])
+    if x.size and (reason := _why_no_kernel(implementation, options, rows, weights, adapters)):
+        raise ValueError(f"{op} implementation {implementation!r} cannot serve: {reason}")
     return options
+
+
+def _why_no_kernel(
+    implementation: str,
+    options: gradient.Options,
+    rows: int,
+    weights: gradient.Weights,
+    adapters: gradient.Adapters,
+) -> str | None:
+    """Why what is asked for by name would run none of its kernels; None if it runs some, or has none."""
+    if implementation == "triton":
+        return triton.why_no_kernel(weights, adapters)
+    if implementation != "mosaic":
+        return None
+    sums = gradient.sums_of(options, rows, weights, adapters)
+    if not sums or any(tiling for _, tiling in sums):
+        return None
+    if options.arrangement != "auto":
+        return f"arrangement is {options.arrangement!r}"
+    sizes = ", ".join(f"{rows} x {' + '.join(map(str, ks))} x {out}" for (rows, out, ks), _ in sums)
+    return f"its tiles fit none of {sizes}"
 
 
 def _check(

@@ -31,8 +31,8 @@ class Adapter:
         first_row: what the dropout takes the first row of x for, an integer: parts of one x that are given
             one after the other, with one key, see what they would see together. None: 0.
         vector: that a and b are parts of, float32: a constant, which kernels read in place of a and b, so
-            that these need not be copied out of it; the same for all adapters of a call that have one. None:
-            they are arrays of their own.
+            that these need not be copied out of it; some only where it is the same array for all adapters of
+            a call. None: they are arrays of their own.
         a_start, b_start: where a's and b's elements begin in the vector.
     """
 
