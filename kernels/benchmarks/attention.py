@@ -31,6 +31,7 @@ from results import (
     Work,
     measure_case,
     measure_cases,
+    parse_flags_of_absl,
     reason,
     run_alone,
     temporary_memory,
@@ -261,14 +262,16 @@ def _flash3(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
     return _both_passes(attend, q, k, v, dout)
 
 
-def _tokamax(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
-    import tokamax
+def _tokamax(implementation: str, case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
+    """Its public function takes masks of T x T only; the implementations under it take bounds of segments."""
+    parse_flags_of_absl()
     from lorajax_kernels import segments
+    from tokamax._src.ops.attention.api import IMPLEMENTATIONS
     from tokamax._src.ops.attention.base import Mask
 
     k_start, _ = segments.bounds(case.segment_ids())
     mask = Mask(k_start=k_start[:, None], is_causal=True)
-    return _both_passes(lambda q, k, v: tokamax.dot_product_attention(q, k, v, mask=mask), q, k, v, dout)
+    return _both_passes(lambda q, k, v: IMPLEMENTATIONS[implementation](q, k, v, mask=mask), q, k, v, dout)
 
 
 def _torch(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
@@ -297,7 +300,8 @@ def _torch(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
 PEERS = {
     "jax.experimental.pallas": _pallas,
     "flash_attn3_jax": _flash3,
-    "tokamax": _tokamax,
+    "tokamax mosaic_gpu": functools.partial(_tokamax, "mosaic_gpu"),
+    "tokamax triton": functools.partial(_tokamax, "triton"),
     "torch varlen_attn": _torch,
 }
 

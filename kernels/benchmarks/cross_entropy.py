@@ -18,7 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from lorajax_kernels import cross_entropy_implementations, linear_cross_entropy
-from results import Ceilings, Row, TorchResult, Work, measure_case, measure_cases, run_alone, temporary_memory
+from results import (
+    Ceilings,
+    Row,
+    TorchResult,
+    Work,
+    measure_case,
+    measure_cases,
+    parse_flags_of_absl,
+    run_alone,
+    temporary_memory,
+)
 
 PRODUCTS = "the two products"
 
@@ -113,6 +123,7 @@ def _cut(x: Any, head: Any, targets: Any) -> Callable[[], Any]:
 
 
 def _tokamax(x: Any, head: Any, targets: Any) -> Callable[[], Any]:
+    parse_flags_of_absl()
     import tokamax
 
     def loss(x: Any) -> Any:

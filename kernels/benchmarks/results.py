@@ -134,6 +134,14 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:_LONGEST_NOTE]
 
 
+def parse_flags_of_absl() -> None:
+    """As if there were none: tokamax would take this program's own for absl's, and refuse them."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS([__name__])
+
+
 def temporary_memory(compiled: Any) -> str:
     """What a compiled function holds besides its arguments and results, as a note."""
     return f"{compiled.memory_analysis().temp_size_in_bytes / 1e6:.0f} MB of temporary memory"
