@@ -70,7 +70,7 @@ TASKS = {
         "train_step.py 8b,4,4096,auto@19.6GiB,auto 8b,4,4096,auto@75GiB,auto --jobs 1 --cache {cache}",
         _beside("8b,4,4096,u,0 8b,4,4096,0,0"),
     ),
-    "kernels": Task(6, "kernels.py"),
+    "kernels": Task(9, "kernels.py"),
     "prediction": Task(6, "prediction.py --jobs 6", {"elsewhere": "--elsewhere {elsewhere}"}),
     "short_sequences": Task(
         6, "short_sequences.py --batches 1,4,16,64 --plot {folder}/short_sequences.png --cache {cache}"
