@@ -1,5 +1,7 @@
 """What a decoder computes element by element, in plain XLA, which fuses each of these with its neighbours."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -76,7 +78,14 @@ def geglu(
 ) -> Float[Array, "*rows F"]:
     """gelu(gate) * up (Shazeer, 2020), approximate: gelu by tanh; a ValueError as in swiglu."""
     _check_up("geglu", gate, up)
-    return jax.nn.gelu(gate, approximate=approximate) * up
+    return _gelu(gate, approximate) * up
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=1)
+def _gelu(gate: Array, approximate: bool) -> Array:
+    """In float32, as the cube of a float16 soon overflows; the backward pass takes that from gate again."""
+    wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+    return jax.nn.gelu(wide, approximate=approximate).astype(gate.dtype)
 
 
 def _check_up(op: str, gate: Array, up: Array) -> None:

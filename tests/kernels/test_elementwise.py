@@ -138,3 +138,19 @@ def test_rms_norm_names_its_epsilon(epsilon):
 def test_rms_norm_of_large_halves_does_not_overflow():
     x = jnp.full((1, 8), 6e4, jnp.float16)
     np.testing.assert_array_equal(rms_norm(x, jnp.ones(8, jnp.float16), epsilon=1e-6), 1)
+
+
+@pytest.mark.parametrize("name", ("swiglu", "geglu", "exact geglu"))
+def test_gates_of_large_halves_have_gradients(name):
+    op, formula = OPS[name][:2]
+    sizes = np.array([0, 1e-7, 1e-3, 1, 3, 9, 30, 41, 140, 300, 2e3, 3e4, 65504])
+    gate = np.concatenate([-sizes[::-1], sizes])
+    halves = jnp.asarray(gate, jnp.float16), jnp.ones(gate.shape, jnp.float16)
+    out, vjp = jax.vjp(op, *halves)
+    d_gate, d_up = vjp(jnp.ones_like(out))
+    gate = np.asarray(halves[0], np.float64)
+    with np.errstate(over="ignore"):  # of exp in swiglu's formula, which is 0 there
+        expected = formula(gate, 1.0)
+        slope = (formula(gate + 1e-4, 1.0) - formula(gate - 1e-4, 1.0)) / 2e-4
+    for found, wanted in ((out, expected), (d_up, expected), (d_gate, slope)):
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=2e-3, atol=1e-3)
