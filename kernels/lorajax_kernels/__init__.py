@@ -1,4 +1,4 @@
-"""Ops for training language models on packed rows, each with a plain reference.
+"""Ops for training language models on packed rows.
 
 - `attention`: causal attention within segments, `choose_attention` and `attention_implementations` beside it;
   `cached_attention` for decoding.

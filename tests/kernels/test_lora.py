@@ -1104,6 +1104,20 @@ def test_triton_by_name_raises_where_it_has_no_kernel(monkeypatch):
     assert len(lora_linears(x, *four)) == 4
 
 
+@pytest.mark.parametrize(
+    ("op", "call"),
+    (
+        ("lora_linear", lambda x, w, own, **options: lora_linear(x, w, own.a, own.b, **options)),
+        ("lora_linears", lambda x, w, own, **options: lora_linears(x, [w], [own], **options)),
+        ("swiglu_lora_linear", lambda x, w, own, **options: swiglu_lora_linear(x, x, w, own, **options)),
+    ),
+)
+def test_an_implementation_that_does_not_exist_is_named_with_the_op(op, call):
+    own = Adapter(normal(3, IN), normal(8, 3))
+    with pytest.raises(ValueError, match=f"^unknown {op} implementation 'foo'; known: auto, mosaic"):
+        call(normal(4, IN), normal(8, IN), own, implementation="foo")
+
+
 def test_choice_follows_device_dtype_and_rank():
     hopper = Device("H200", (9, 0), 91900, no_mosaic="there is none")
     turing = Device("T4", (7, 5), no_triton="it is old")

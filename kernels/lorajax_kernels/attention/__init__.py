@@ -29,7 +29,7 @@ _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
 def _fastest_first(problem: Problem) -> tuple[Implementation[Problem], ...]:
     """The order in which "auto" tries them.
 
-    Where rows hold one document there are no blocks to skip, and with heads of 128 cuDNN takes 9 to 16% less
+    Where rows hold one document there are no blocks to skip, and with heads of 128 cuDNN takes 8 to 14% less
     time; with heads of 64 it takes more. With five documents it is behind
     (benchmarks/results/kernels-h200.json).
     """

@@ -30,6 +30,7 @@ def cached_attention(
     Args:
         q: the query at position lengths[b] - 1 of row b; float32, bfloat16 or float16.
         k_cache, v_cache: entries 0..lengths[b]-1 are valid; the rest must be finite and counts for nothing.
+            XLA copies caches that are not swapaxes(1, 2) of arrays [B, K, S, H], which it reads as they are.
         lengths: tokens in each row, the new one included: 1..S.
         scale: of the scores; default 1/sqrt(H).
         window: the query at t sees the keys at s with t - s < window; default all.

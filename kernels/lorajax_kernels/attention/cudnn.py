@@ -1,7 +1,7 @@
 """Packed attention by cuDNN on Hopper and later GPUs.
 
 JAX hands segments to cuDNN only through primitives of a private module (fused_attention_stablehlo), and all
-that is private to JAX stays in this file. `why_not` refuses a JAX whose module is not the one that this was
+that is private in that stays in this file. `why_not` refuses a JAX whose module is not the one that this was
 written for, and compares a small problem of each kind with the dense reference, forward and gradients, before
 it trusts cuDNN with others of that kind. That it may, JAX' compilation cache remembers.
 

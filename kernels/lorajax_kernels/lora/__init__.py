@@ -83,8 +83,14 @@ def choose_lora(
     Raises:
         ValueError: the implementation is unknown or cannot serve.
     """
+    return _choose(_LINEARS.op, dtype, rank, implementation, device)
+
+
+def _choose(
+    op: str, dtype: jnp.dtype, rank: int, implementation: str, device: Device | None = None
+) -> Choice:
     problem = Problem(jnp.dtype(dtype), rank)
-    return choose("lora_linears", _IMPLEMENTATIONS, problem, implementation=implementation, device=device)
+    return choose(op, _IMPLEMENTATIONS, problem, implementation=implementation, device=device)
 
 
 def lora_linear(
@@ -241,7 +247,8 @@ def _options(
     epsilon: float = 0.0,
 ) -> gradient.Options:
     rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
-    choice = choose_lora(x.dtype, rank, implementation=implementation)
+    # What is chosen is the same for all three, and logged once; an error names the one that was called.
+    choice = _choose(_LINEARS.op if implementation == "auto" else op, x.dtype, rank, implementation)
     # No rows are no programs for a kernel.
     kernels = function_of(_IMPLEMENTATIONS, choice.name) if x.size else gradient.XLA
     together = gradient.in_one_vector(adapters)

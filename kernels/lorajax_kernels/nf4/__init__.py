@@ -128,7 +128,7 @@ class Problem:
     dtype: jnp.dtype
 
 
-# "auto" takes the first that can serve: the fastest first, as measured.
+# "auto" takes the first that can serve: the fastest first, as measured on large weights.
 _IMPLEMENTATIONS: tuple[Implementation[Problem], ...] = (
     Implementation("triton", triton.why_not, triton.triton_dequantize, splits=False),
     Implementation("xla", anywhere, xla_dequantize),
