@@ -5,7 +5,7 @@
 
 Each draw is a Llama of random shape and weights, data, settings, and a memory.budget between what the weights
 take and about what a step takes that keeps every activation. lorajax.fit trains it in a process of its own,
-in which JAX' allocator has the budget, and 2% and 64 MiB to divide it: 10 steps on rows that are as long as
+in which JAX' allocator has the budget, and 2.6% and 64 MiB to divide it: 10 steps on rows that are as long as
 they may be, evaluation, answers to prompts before and after, and a checkpoint half-way. What comes of it:
 
     ran       to the end, with all that it should leave behind

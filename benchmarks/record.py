@@ -64,7 +64,7 @@ _SMOLLM2 = "{configs}/smollm2_135m.yaml --model.path {smollm2} --data.path {data
 # Long ones first, so that GPUs side by side are done at about the same time.
 TASKS = {
     "auto_choice": Task(9, "auto_choice.py --cache {cache}"),
-    "no_surprise": Task(9, "no_surprise.py --draws 20 --jobs 6"),
+    "no_surprise": Task(9, "no_surprise.py --draws 20 --jobs 10"),
     "train_step_8b": Task(
         8,
         "train_step.py 8b,4,4096,auto@19.6GiB,auto 8b,4,4096,auto@75GiB,auto --jobs 1 --cache {cache}",
@@ -91,9 +91,9 @@ TASKS = {
     "offload_8b": Task(4, f"train_step.py 8b,4,4096,full,auto 8b,4,4096,offload,auto {_IN_TURNS}"),
     # In no other's folder: what is compiled first is compiled cold.
     "compile": Task(
-        4,
-        "train_step.py 8b,4,4096,offload,auto 8b:80,4,4096,offload,auto --compile-only --again"
-        " --cache {cache}/cold",
+        6,
+        "train_step.py 8b,4,4096,offload,auto 8b:80,4,4096,offload,auto 8b:8,4,4096,offload,auto"
+        " 8b:16,4,4096,offload,auto 8b,4,4096,auto@19.6GiB,auto --compile-only --again --cache {cache}/cold",
     ),
     "offload_1b": Task(3, f"train_step.py 1b,8,2048,full,auto 1b,8,2048,offload,auto {_IN_TURNS}"),
     "tests_2_to_the_31": Task(3, "pytest -q -n 0 {tests}/gpu -k 2_to_the_31", fraction=0.9),

@@ -4,9 +4,10 @@
 
 Random data. The work counts visible pairs only: 4 H operations a pair and head forward, 10 H backward.
 
-Two questions have rows of their own. What could a forward kernel of Mosaic GPU gain? "attention_mgpu" is
-JAX's, for Hopper, with block_q x block_kv x max_concurrent_steps: float16 alone, no segments, and no backward
-pass of a causal mask. And what does cuDNN hold for a bound on the segments of a row? Compiled, not run.
+Three questions have rows of their own. Which of Triton and cuDNN is faster for other heads, two documents and
+windows? What could a forward kernel of Mosaic GPU gain? "attention_mgpu" is JAX's, for Hopper, with block_q x
+block_kv x max_concurrent_steps: float16 alone, no segments, and no backward pass of a causal mask. And what
+does cuDNN hold for a bound on the segments of a row? Compiled, not run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +30,9 @@ from results import (
     Row,
     TorchResult,
     Work,
+    import_tokamax,
     measure_case,
     measure_cases,
-    parse_flags_of_absl,
     reason,
     run_alone,
     temporary_memory,
@@ -40,13 +41,14 @@ from results import (
 
 @dataclass(frozen=True)
 class Case:
-    """B rows of the same segments, N query heads on K key heads of H."""
+    """B rows of the same segments, N query heads on K key heads of H; window: of `attention`."""
 
     batch: int
     lengths: tuple[int, ...]
     heads: int
     kv_heads: int
     head_dim: int
+    window: int | None = None
 
     @property
     def length(self) -> int:
@@ -58,11 +60,14 @@ class Case:
 
     def __str__(self) -> str:
         count = len(self.lengths)
-        return f"{self.shape}, {count} segment{'s' if count > 1 else ''}"
+        window = f", window {self.window}" if self.window else ""
+        return f"{self.shape}, {count} segment{'s' if count > 1 else ''}{window}"
 
     @property
     def forward_flops(self) -> float:
-        pairs = sum(length * (length + 1) / 2 for length in self.lengths)
+        # The first keys of a segment are seen by fewer than a window of them would be.
+        spans = [(length, min(length, self.window or length)) for length in self.lengths]
+        pairs = sum(length * span - span * (span - 1) / 2 for length, span in spans)
         return 4 * self.head_dim * self.heads * self.batch * pairs
 
     @property
@@ -95,6 +100,15 @@ CASES = (
 )
 TINY = (Case(2, (24, 40), 4, 2, 16),)
 
+# What the automatic choice between these two rests on besides.
+CHOICES = ("triton", "cudnn")
+CHOICE_CASES = (
+    *(Case(4, (3840,), 32, 8, head_dim) for head_dim in (80, 96, 256)),
+    *(Case(4, (1920, 1920), 32, 8, head_dim) for head_dim in (64, 128, 256)),
+    *(Case(4, (3840,), 32, 8, head_dim, window=1024) for head_dim in (64, 128, 256)),
+)
+CHOICE_TINY = (Case(2, (24, 40), 4, 2, 16, window=8),)
+
 FORWARD_CASE, FORWARD_TINY = Case(4, (3840,), 32, 8, 128), Case(1, (64,), 4, 2, 16)
 # What fits the 227 KiB of shared memory at heads of 128.
 MOSAIC_BLOCKS = ((64, 64, 4), (64, 128, 2), (128, 64, 2), (128, 64, 4), (128, 128, 2))
@@ -118,23 +132,40 @@ class Program:
 def benchmark(ceilings: Ceilings, tiny: bool) -> list[Row]:
     rounds = 3 if tiny else 9
     rows = measure_cases(_measure, TINY if tiny else CASES, ceilings, rounds)
+    rows += measure_cases(_measure_choice, CHOICE_TINY if tiny else CHOICE_CASES, ceilings, rounds)
     rows += _measure_forward(FORWARD_TINY if tiny else FORWARD_CASE, ceilings, rounds)
     return rows + _memory_of_cudnn(MEMORY_TINY if tiny else MEMORY_CASE, ceilings.half)
 
 
 def _measure(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
+    # The dense reference holds all scores.
+    names = tuple(name for name in attention_implementations() if name != "reference")
+    return _measure_both_passes(case, ceilings, rounds, names, PEERS)
+
+
+def _measure_choice(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
+    return _measure_both_passes(case, ceilings, rounds, CHOICES, {})
+
+
+def _measure_both_passes(
+    case: Case,
+    ceilings: Ceilings,
+    rounds: int,
+    names: tuple[str, ...],
+    peers: Mapping[str, Callable[..., Callable[[], Any]]],
+) -> list[Row]:
     q, k, v, dout = case.arrays(ceilings.half)
     segment_ids = case.segment_ids()
 
     def ours(name: str) -> Callable[[], Any]:
-        attend = functools.partial(attention, max_segments=len(case.lengths), implementation=name)
+        attend = functools.partial(
+            attention, window=case.window, max_segments=len(case.lengths), implementation=name
+        )
         return _both_passes(lambda q, k, v: attend(q, k, v, segment_ids), q, k, v, dout)
 
-    # The dense reference holds all scores.
-    names = [name for name in attention_implementations() if name != "reference"]
     makers = {name: functools.partial(ours, name) for name in names}
-    makers |= {name: functools.partial(peer, case, q, k, v, dout) for name, peer in PEERS.items()}
-    return _timed(str(case), Work(case.flops, "flops"), ceilings, makers, ours=tuple(names), rounds=rounds)
+    makers |= {name: functools.partial(peer, case, q, k, v, dout) for name, peer in peers.items()}
+    return _timed(str(case), Work(case.flops, "flops"), ceilings, makers, ours=names, rounds=rounds)
 
 
 def _measure_forward(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
@@ -264,7 +295,7 @@ def _flash3(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
 
 def _tokamax(implementation: str, case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
     """Its public function takes masks of T x T only; the implementations under it take bounds of segments."""
-    parse_flags_of_absl()
+    import_tokamax()
     from lorajax_kernels import segments
     from tokamax._src.ops.attention.api import IMPLEMENTATIONS
     from tokamax._src.ops.attention.base import Mask
@@ -297,12 +328,34 @@ def _torch(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
     return forward_and_backward
 
 
+def _sdpa(case: Case, q: Any, k: Any, v: Any, dout: Any) -> Callable[[], Any]:
+    """torch's own attention, which skips what is masked on rows of one document alone."""
+    import torch
+    import torch.nn.functional as F
+
+    tensors = [torch.from_dlpack(x).clone().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    cotangent = torch.from_dlpack(dout).transpose(1, 2)
+    if len(case.lengths) == 1:
+        mask: dict[str, Any] = {"is_causal": True}
+    else:
+        ids = torch.from_dlpack(case.segment_ids())
+        causal = torch.ones(case.length, case.length, dtype=torch.bool, device=ids.device).tril()
+        mask = {"attn_mask": ((ids[:, :, None] == ids[:, None]) & causal)[:, None]}
+
+    def forward_and_backward() -> Any:
+        out = F.scaled_dot_product_attention(*tensors, enable_gqa=True, **mask)
+        return TorchResult(torch.autograd.grad(out, tensors, cotangent))
+
+    return forward_and_backward
+
+
 PEERS = {
     "jax.experimental.pallas": _pallas,
     "flash_attn3_jax": _flash3,
     "tokamax mosaic_gpu": functools.partial(_tokamax, "mosaic_gpu"),
     "tokamax triton": functools.partial(_tokamax, "triton"),
     "torch varlen_attn": _torch,
+    "torch SDPA": _sdpa,
 }
 
 if __name__ == "__main__":

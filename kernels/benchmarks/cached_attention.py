@@ -2,7 +2,7 @@
 
     python kernels/benchmarks/cached_attention.py [--tiny]
 
-Random data. The work is the bytes that must be moved: both caches, which are full, queries and lengths read,
+Random data, in caches that lie in memory as those of lorajax.generation do, [B, K, S, H]. The work is the bytes that must be moved: both caches, which are full, queries and lengths read,
 and the output written.
 """
 
@@ -30,8 +30,8 @@ class Case:
         return f"B{self.batch} S{self.capacity} N{self.heads} K{self.kv_heads} H{self.head_dim}"
 
     def arrays(self, dtype: str) -> list[jax.Array]:
-        """q and both caches."""
-        cache = (self.batch, self.capacity, self.kv_heads, self.head_dim)
+        """q [B, 1, N, H] and both caches [B, K, S, H]."""
+        cache = (self.batch, self.kv_heads, self.capacity, self.head_dim)
         shapes = ((self.batch, 1, self.heads, self.head_dim), cache, cache)
         keys = jax.random.split(jax.random.key(0), 3)
         return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
@@ -47,7 +47,11 @@ def benchmark(ceilings: Ceilings, tiny: bool) -> list[Row]:
 
 def _measure(case: Case, ceilings: Ceilings, rounds: int) -> list[Row]:
     arguments = *case.arrays(ceilings.half), jnp.full(case.batch, case.capacity, jnp.int32)
-    return measure_xla("cached_attention", str(case), cached_attention, arguments, ceilings, rounds)
+    return measure_xla("cached_attention", str(case), _attend, arguments, ceilings, rounds)
+
+
+def _attend(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, lengths: jax.Array) -> jax.Array:
+    return cached_attention(q, k_cache.swapaxes(1, 2), v_cache.swapaxes(1, 2), lengths)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from results import (
     Row,
     TorchResult,
     Work,
+    import_tokamax,
     measure_case,
     measure_cases,
-    parse_flags_of_absl,
     run_alone,
     temporary_memory,
 )
@@ -123,8 +123,7 @@ def _cut(x: Any, head: Any, targets: Any) -> Callable[[], Any]:
 
 
 def _tokamax(x: Any, head: Any, targets: Any) -> Callable[[], Any]:
-    parse_flags_of_absl()
-    import tokamax
+    tokamax = import_tokamax()
 
     def loss(x: Any) -> Any:
         return tokamax.linear_softmax_cross_entropy_loss(x, targets, head.T, reduction="sum")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import ModuleType
 from typing import Any, TypeVar
 
 import jax
@@ -134,12 +137,22 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:_LONGEST_NOTE]
 
 
-def parse_flags_of_absl() -> None:
-    """As if there were none: tokamax would take this program's own for absl's, and refuse them."""
+def import_tokamax() -> Any:
+    """tokamax, without two things of its own benchmarks that stand in the way here.
+
+    It would take this program's options for absl's, and refuse them; and it imports xprof, a profiler.
+    """
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS([__name__])
+    try:
+        importlib.import_module("xprof")
+    except ModuleNotFoundError:
+        for name in ("xprof", "xprof.cli", "xprof.cli.tools"):
+            sys.modules[name] = ModuleType(name)
+        sys.modules["xprof.cli.tools"].get_kernel_stats_tool = None  # type: ignore[attr-defined]
+    return importlib.import_module("tokamax")
 
 
 def temporary_memory(compiled: Any) -> str:
