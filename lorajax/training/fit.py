@@ -54,7 +54,14 @@ from lorajax.training.program import (
 from lorajax.training.progress import NotFinite, Progress, Totals
 from lorajax.training.signals import StopRequest
 from lorajax.training.step import TrainState
-from lorajax.training.weights import Weights, count, give_back_adapters, merge_weights, split_weights
+from lorajax.training.weights import (
+    Weights,
+    count,
+    delete_adapters,
+    give_back_adapters,
+    merge_weights,
+    split_weights,
+)
 
 _log = logging.getLogger("lorajax")
 
@@ -133,7 +140,9 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
     model = _load_model(inputs)
     before = _answers(inputs, model, ready.answered_at_once)
     graph, trainable, frozen = split_weights(model, config.train.mode)
-    del model  # its adapters are to be gone, and a full model's weights are the first step's
+    if config.train.mode == "lora":
+        delete_adapters(model)
+    del model  # a full one's weights are the first step's
     if checkpoint is None:
         state = first_state(inputs, trainable)
     else:
@@ -156,8 +165,9 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
         done = _train(ready, folder, state, frozen, position)
     except NotFinite as error:
         raise UserError(f"{error}; {_what_is_kept(folder)}") from None
+    del state
 
-    model = merge_weights(graph, done.state.trainable, frozen)
+    model = merge_weights(graph, done.trainable, frozen)
     give_back_adapters(model)
     samples: list[Sample] = []
     if done.stopped_by is None:
@@ -227,9 +237,9 @@ def _compile(inputs: Inputs, *, done: int) -> _Ready:
 
 
 class _Trained(NamedTuple):
-    """Of the loop: the state, steps made, totals, the signal that ended it early, planned bytes of a GPU."""
+    """Of the loop: what it trained, steps made, totals, the signal that ended it early, bytes of the plan."""
 
-    state: TrainState
+    trainable: Weights
     step: int
     totals: Totals
     stopped_by: signal.Signals | None
@@ -249,7 +259,7 @@ def _train(
     train, output = config.train, config.output
     step = 0 if position is None else position.step
     if program is None:
-        return _Trained(state, step, Totals(), None, None)
+        return _Trained(state.trainable, step, Totals(), None, None)
     if position is not None:
         _note_other_masks(position, inputs)
     with contextlib.ExitStack() as stack:
@@ -292,7 +302,7 @@ def _train(
                 break
             batch = next(batches)
     stopped_by = None if step == total else stop.signal
-    return _Trained(state, step, progress.totals, stopped_by, None if plan is None else plan.most)
+    return _Trained(state.trainable, step, progress.totals, stopped_by, None if plan is None else plan.most)
 
 
 def _note_other_masks(position: Position, inputs: Inputs) -> None:

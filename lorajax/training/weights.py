@@ -64,8 +64,17 @@ def _join_adapters(block: Block) -> None:
         linear.lora_a = linear.lora_b = None
 
 
+def delete_adapters(model: Decoder) -> None:
+    """Free their memory now: nnx leaves modules in cycles, which hold it until Python collects them."""
+    for leaf in jax.tree.leaves(nnx.state(model, LoRAParam)):
+        leaf.delete()
+
+
 def give_back_adapters(model: Decoder) -> None:
-    """Undo, in place, what split_weights has done to the adapters of a model that merge_weights gave."""
+    """Undo, in place, what split_weights has done to the adapters of a model that merge_weights gave.
+
+    Layer by layer, and the vectors are deleted: a model has no more room for both than for one.
+    """
     for block in model.layers:
         if block.adapters is None:
             continue
@@ -75,6 +84,7 @@ def give_back_adapters(model: Decoder) -> None:
         for linear, pair in zip(block.linears(), pairs, strict=True):
             if pair is not None:
                 linear.lora_a, linear.lora_b = (LoRAParam(jax.device_put(x, vector.sharding)) for x in pair)
+        vector.delete()
         block.adapters, block.adapter_shapes = None, ()
 
 
