@@ -130,7 +130,7 @@ class MemoryConfig:
     chosen too with auto, otherwise 1. With more than 1 it keeps neither gate nor up."""
     budget: str | None = None
     """Most GPU memory for weights, state and activations, such as 24GiB; null: what is free. Besides, JAX'
-    allocator gets 2% and 64 MiB, because it gives memory in pieces, and CUDA's context takes up to 1 GiB."""
+    allocator gets 2.6% and 64 MiB, as it gives memory in pieces, and CUDA's context takes up to 1 GiB."""
     host_budget: str | None = None
     """Most host memory for activations, such as 64GiB; null: half of what is free."""
 

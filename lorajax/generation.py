@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from lorajax.models.decoder import Attend, Decoder
 from lorajax.sharding import data_mesh, replicated, shapes
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerFast
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -34,6 +35,14 @@ Prompt = str | Sequence[Mapping[str, Any]]
 _SMALLEST_BUCKET = 64
 NO_TOKEN = -1
 UNFINISHED_CHARACTER = "\ufffd"
+
+
+class Answering(NamedTuple):
+    """Prompts that are answered at a time, tokens of the longest, and most tokens of an answer."""
+
+    rows: int
+    prompt: int
+    new: int
 
 
 def generate(
@@ -133,15 +142,28 @@ def answering_memory(
     """
     settings = _settings(model, tokenizer, max_new_tokens, 0.0, 1.0)
     longest = max(map(len, _tokenise(model, tokenizer, prompts, max_new_tokens, None)))
-    size = min(batch_size, power_of_two(len(prompts)))
+    answering = Answering(min(batch_size, power_of_two(len(prompts))), longest, max_new_tokens)
+    return compiled_answering_memory(model, answering, data_mesh(), eos_tokens=len(settings.eos_ids))
+
+
+def compiled_answering_memory(model: Decoder, answering: Answering, mesh: Mesh, *, eos_tokens: int) -> int:
+    """answering_memory of prompts of which only the number and length are known.
+
+    Args:
+        model: arrays may be shapes.
+        mesh: whose first device is compiled for; it need not be here.
+        eos_tokens: number of tokens that end an answer.
+    """
+    rows, prompt, new = answering
     graph, state = nnx.split(model)
     # As they will be: then it is these programs that `generate` finds in the compilation cache.
-    weights = graph, shapes(state, replicated(data_mesh()))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
-    lengths, tokens = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((size,), (size, bucket(longest))))
-    lowered = _prefill.lower(
-        *weights, tokens, lengths, keys, settings.limit, settings.sampling, settings.room
+    weights = graph, shapes(state, replicated(mesh))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    lengths, tokens, ends = (
+        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows,), (rows, bucket(prompt)), (eos_tokens,))
     )
+    sampling = _Sampling(temperature=None, top_p=None, eos_ids=cast("Array", ends))
+    lowered = _prefill.lower(*weights, tokens, lengths, keys, new, sampling, bucket(new))
     prefill = compile_lowered(lowered)
     answers = jax.tree.map(
         lambda info, sharding: jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding),
@@ -149,7 +171,7 @@ def answering_memory(
         prefill.output_shardings,
     )
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(answers.caches))
-    decode = compile_lowered(_decode.lower(*weights, answers, settings.limit, settings.sampling))
+    decode = compile_lowered(_decode.lower(*weights, answers, new, sampling))
     return held + max(memory_of(each).temporaries for each in (prefill, decode))
 
 
@@ -300,7 +322,8 @@ class _Answers:
     """A batch while it is being answered.
 
     Attributes:
-        caches: keys and values of each layer; row b holds prompt_lengths[b] + count - 1 tokens, because the
+        caches: keys and values of each layer, as decoding's products read them: in another order XLA would
+            keep a second copy of all. Row b holds prompt_lengths[b] + count - 1 tokens, because the
             newest token is still to be read.
         prompt_lengths: 0 for the rows that fill up the batch.
         final_lengths: of prompt and longest possible answer together; for the rotary frequencies.
@@ -310,7 +333,7 @@ class _Answers:
         count: tokens written so far, at least 1.
     """
 
-    caches: list[tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]]
+    caches: list[tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]]
     prompt_lengths: Int[Array, " B"]
     final_lengths: Int[Array, " B"]
     keys: Key[Array, " B"]
@@ -339,8 +362,8 @@ def _prefill(
     caches = []
 
     def attend(q: Array, k: Array, v: Array) -> Array:
-        space = ((0, 0), (0, room), (0, 0), (0, 0))
-        caches.append((jnp.pad(k, space), jnp.pad(v, space)))
+        space = ((0, 0), (0, 0), (0, room), (0, 0))
+        caches.append((jnp.pad(k.swapaxes(1, 2), space), jnp.pad(v.swapaxes(1, 2), space)))
         # A prompt, and its padding.
         return attention(q, k, v, segment_ids, max_segments=2, implementation=model.attention_implementation)
 
@@ -376,10 +399,10 @@ def _decode(
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             keys, values = next(before)
-            keys = keys.at[everywhere, end].set(k[:, 0])
-            values = values.at[everywhere, end].set(v[:, 0])
+            keys = keys.at[everywhere, :, end].set(k[:, 0])
+            values = values.at[everywhere, :, end].set(v[:, 0])
             after.append((keys, values))
-            return cached_attention(q, keys, values, end + 1)
+            return cached_attention(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), end + 1)
 
         # A finished row goes on with token 0, which nobody reads.
         hidden = _hidden_states(model, jnp.maximum(newest, 0), end[:, None], answers.final_lengths, attend)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,11 +71,7 @@ WEIGHT_PASSES = 2.0
 KERNEL = 5e-6
 FORWARD_KERNELS, BACKWARD_KERNELS, RECOMPUTED_KERNELS = 40, 47, 42
 
-# xla_gpu_dot_merger_threshold_mb
-_JOINED_BELOW = 32 * 2**20
-
-# Activations that are kept or recomputed together, in the order in which a layer makes them; Costs.recomputed
-# says what each group takes.
+# Activations that a plan keeps or recomputes together, in the order in which a layer makes them.
 GROUPS: dict[str, tuple[str, ...]] = {
     "qkv": ("query", "key", "value"),
     "attention": ("attention_output", "attention_lse"),
@@ -216,38 +212,52 @@ class Costs:
 
     @functools.cached_property
     def recomputed(self) -> dict[str, float]:
-        """Of a layer, for each of GROUPS that is not kept."""
+        """Of a layer, to make each activation again from those before it; what cannot be has no entry.
+
+        attention_lse comes with the output, without which it is of no use; lora_hidden with the products that
+        read the same input.
+        """
         product = {name: self._product(*widths) for name, widths in self.work.widths.items()}
         share = {name: value / 8 for name, value in FORWARD_PASSES.items()}
         one = self._passes(share)
         return {
-            "attention": self.attention,
-            "qkv": product["q_proj"] + product["k_proj"] + product["v_proj"] + 3 * one,
+            "query": product["q_proj"] + one,
+            "key": product["k_proj"] + one,
+            "value": product["v_proj"] + one,
+            "attention_output": self.attention,
+            "attention_lse": 0.0,
             "block_middle": product["o_proj"] + one,
             "gate": product["gate_proj"] + 3 * one,
             "up": product["up_proj"] + 3 * one,
+            "lora_hidden": 0.0,
         }
+
+    def again(self, kept: Container[str]) -> float:
+        """Seconds to make again what a layer does not keep; both results of attention are made at once."""
+        missing = {name for name in self.recomputed if name not in kept}
+        if "attention_lse" in missing:
+            missing.add("attention_output")
+        return sum(seconds for name, seconds in self.recomputed.items() if name in missing)
 
     @functools.cached_property
     def made_after(self) -> dict[str, float]:
         """Seconds from the start of a layer's forward pass until an activation is there."""
         made, seconds = {"block_input": 0.0}, 0.0
-        for group, names in GROUPS.items():
-            seconds += self.recomputed[group]
+        for names in GROUPS.values():
+            seconds += sum(self.recomputed[name] for name in names)
             made |= dict.fromkeys(names, min(seconds, self.layer_forward))
         return made
 
     @functools.cached_property
     def of_layer(self) -> Callable[[LayerPolicy], LayerCosts]:
         """policy -> what it costs, beside layer_forward, which all have."""
-        sizes, again = self.work.activation_bytes, self.recomputed
-        all_again = sum(again.values())
+        sizes, all_again = self.work.activation_bytes, sum(self.recomputed.values())
         work = self.products + ATTENTION_BACKWARD * self.attention + self._passes(BACKWARD_PASSES)
 
         @functools.cache
         def of_layer(policy: LayerPolicy) -> LayerCosts:
             kept = policy.saved | policy.offloaded
-            missing = sum(again[group] for group, members in GROUPS.items() if not kept.issuperset(members))
+            missing = self.again(kept)
             saved, offloaded = (
                 sum(map(sizes.__getitem__, names)) for names in (policy.saved, policy.offloaded)
             )
@@ -333,17 +343,15 @@ def evaluating_bytes(
 
 
 def answering_bytes(options: DecoderOptions, *, itemsize: int, rows: int, prompt: int, new: int) -> int:
-    """About what lorajax.generation.generate takes beside the model; there it is known from its programs.
+    """About what lorajax.generation.generate takes beside the model, as its programs for an H100 do.
 
     Args:
         itemsize: bytes of an element of weights and activations.
         rows: prompts that are answered at a time.
         prompt, new: tokens of the longest prompt and of its answer.
     """
-    o, kv = options, options.num_kv_heads * options.head_dim
-    caches = 2 * o.num_layers * rows * (prompt + new) * kv * itemsize
-    reading = rows * prompt * (3 * o.intermediate_size + 3 * o.hidden_size) * itemsize
-    # XLA joins the weights of products of one operand, where they are small, once for all tokens.
-    joined = o.hidden_size * (o.num_heads * o.head_dim + 2 * kv) * itemsize
-    writing = o.num_layers * joined if joined <= _JOINED_BELOW else 0
-    return caches + max(reading, writing) + 4 * rows * o.vocab_size
+    o = options
+    caches = 2 * o.num_layers * rows * (prompt + new) * o.num_kv_heads * o.head_dim * itemsize
+    reading = rows * prompt * (o.intermediate_size + o.hidden_size) * itemsize
+    # Of some lengths XLA holds some of the caches twice; the programs' code is a few MiB.
+    return int(1.25 * caches + 2.4 * reading) + 4 * rows * o.vocab_size + 2**23

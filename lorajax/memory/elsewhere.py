@@ -35,6 +35,9 @@ from lorajax.memory.policy import Layout, Policy
 from lorajax.memory.targets import Target, find_target
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from lorajax.generation import Answering
     from lorajax.training.inputs import RunShape
     from lorajax.training.step import TrainState
     from lorajax.training.weights import Weights
@@ -54,12 +57,14 @@ class Variant(NamedTuple):
         num_layers: of a shallower model; None: all.
         micro_batches: of a step; None: as many as the config's rows make.
         evaluates: compile the evaluation of a micro-batch in place of the step.
+        answering: compile what answers prompts in place of the step.
     """
 
     layout: Layout
     num_layers: int | None = None
     micro_batches: int | None = None
     evaluates: bool = False
+    answering: Answering | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,7 @@ def _request(folder: str, target: Target, variant: Variant) -> dict[str, Any]:
         "num_layers": variant.num_layers,
         "micro_batches": variant.micro_batches,
         "evaluates": variant.evaluates,
+        "answering": variant.answering,
     }
 
 
@@ -214,6 +220,7 @@ def main() -> None:
 def _compile(request: dict[str, Any]) -> Compiled:
     from lorajax_kernels.device import assume
 
+    from lorajax.generation import Answering, compiled_answering_memory
     from lorajax.training.program import compile_evaluation, compile_step
 
     config = load_config(request["config"])
@@ -228,12 +235,15 @@ def _compile(request: dict[str, Any]) -> Compiled:
         )
         config = dataclasses.replace(config, train=train)
     with assume(target.device):
-        arguments = arguments_there(config, target, layout, request["num_layers"])
         began = time.perf_counter()
-        if request["evaluates"]:
-            _, memory = compile_evaluation(*arguments)
+        if request["answering"] is not None:
+            model, mesh = _outline(config, request["num_layers"]), _mesh_there(target)
+            answering = Answering(*request["answering"])
+            memory = Memory(0, compiled_answering_memory(model, answering, mesh, eos_tokens=1), 0)
+        elif request["evaluates"]:
+            _, memory = compile_evaluation(*arguments_there(config, target, layout, request["num_layers"]))
         else:
-            memory = compile_step(*arguments).memory
+            memory = compile_step(*arguments_there(config, target, layout, request["num_layers"])).memory
     return Compiled(**dataclasses.asdict(memory), seconds=round(time.perf_counter() - began, 1))
 
 
@@ -248,22 +258,29 @@ def arguments_there(
     Raises:
         UserError: the rows cannot be cut so, or there are not so many layers.
     """
-    from jax.experimental import topologies
-
-    from lorajax.sharding import DATA_AXIS, replicated, shapes
+    from lorajax.sharding import replicated, shapes
     from lorajax.training.inputs import RunShape
     from lorajax.training.program import state_shapes
     from lorajax.training.weights import split_weights
 
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=target.config, topology="1x1x1"
-    )
-    mesh = topologies.make_mesh(topology, (1,), (DATA_AXIS,))
+    mesh = _mesh_there(target)
     run = RunShape(config=config, mesh=mesh, total_steps=1000, planned=layout)
     if run.micro_batches * layout.rows != run.rows_per_device:
         raise UserError(f"{run.rows_per_device} rows cannot be cut into micro-batches of {layout.rows}")
     graph, trainable, frozen = split_weights(_outline(config, num_layers), config.train.mode)
     return run, graph, state_shapes(run, trainable), shapes(frozen, replicated(mesh))
+
+
+def _mesh_there(target: Target) -> Mesh:
+    """Of one GPU that is not here."""
+    from jax.experimental import topologies
+
+    from lorajax.sharding import DATA_AXIS
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=target.config, topology="1x1x1"
+    )
+    return topologies.make_mesh(topology, (1,), (DATA_AXIS,))
 
 
 def _checkpointing(plain: Any) -> Any:

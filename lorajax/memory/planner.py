@@ -194,7 +194,12 @@ def _layouts(problem: Problem, micro_batches: int) -> Iterator[Estimate]:
     layers = work.options.num_layers
     costs = Costs(work, problem.rates)
     sizes, again = work.activation_bytes, costs.recomputed
-    by_worth = sorted(GROUPS, key=lambda group: -again[group] / sum(sizes[name] for name in GROUPS[group]))
+
+    def worth(group: str) -> float:
+        """Seconds that each of its bytes saves."""
+        return sum(again[name] for name in GROUPS[group]) / sum(sizes[name] for name in GROUPS[group])
+
+    by_worth = sorted(GROUPS, key=worth, reverse=True)
     counts = sorted({round(layers * part / PARTS) for part in range(1, PARTS + 1)} - {0})
     everywhere: list[str] = []
     for group, count in itertools.chain([(None, 0)], itertools.product(by_worth, counts)):

@@ -17,7 +17,7 @@ from lorajax_kernels.device import Device, current_device
 from lorajax.config import Config, OutputConfig, parse_size, validate
 from lorajax.data import chat_template, check_length, load_tokenizer
 from lorajax.errors import UserError
-from lorajax.generation import answering_memory, bucket, power_of_two
+from lorajax.generation import Answering, answering_memory, bucket, power_of_two
 from lorajax.memory.analysis import Memory, gib
 from lorajax.memory.costs import answering_bytes
 from lorajax.memory.elsewhere import Variant, compile_elsewhere
@@ -136,7 +136,7 @@ def _plan_elsewhere(
         host_budget=_HOST_ELSEWHERE if memory.host_budget is None else parse_size(memory.host_budget),
         ceilings=(most, None),
     )
-    plan, _ = _estimated_answers(plan, config.output, model)
+    plan, at_once = _estimated_answers(plan, config.output, model)
     if not compiles:
         return accepted(_estimated_evaluation(plan))
     if estimated is not None:
@@ -158,6 +158,13 @@ def _plan_elsewhere(
     if evaluates(config):
         layout = plan.chosen.layout
         plan = plan.beside("evaluation", evaluation(layout.rows, layout.mlp_chunks).temporaries)
+    if config.output.sample_prompts:
+
+        def answering(at_once: int) -> int:
+            variant = Variant(plan.chosen.layout, answering=_answering(config.output, at_once))
+            return compile_elsewhere(config, target, variant).temporaries
+
+        plan, _ = _answered(plan, config.output, answering, at_once)
     return plan
 
 
@@ -214,19 +221,24 @@ def _estimated_answers(plan: Plan, output: OutputConfig, model: Decoder) -> tupl
     """As plan_answers, where there is no tokenizer, or nothing is to be compiled."""
     if not output.sample_prompts:
         return plan, ANSWERED_AT_ONCE
-    longest = max(len(prompt.encode()) for prompt in output.sample_prompts)
-    prompt = longest // _BYTES_A_TOKEN + _TEMPLATE_TOKENS
 
     def taken(at_once: int) -> int:
+        rows, prompt, new = _answering(output, at_once)
         return answering_bytes(
-            model.options,
-            itemsize=model.dtype.itemsize,
-            rows=min(at_once, power_of_two(len(output.sample_prompts))),
-            prompt=bucket(prompt),
-            new=bucket(output.sample_max_new_tokens),
+            model.options, itemsize=model.dtype.itemsize, rows=rows, prompt=bucket(prompt), new=bucket(new)
         )
 
     return _answered(plan, output, taken)
+
+
+def _answering(output: OutputConfig, at_once: int) -> Answering:
+    """Of output.sample_prompts, whose tokens are not known."""
+    longest = max(len(prompt.encode()) for prompt in output.sample_prompts)
+    return Answering(
+        rows=min(at_once, power_of_two(len(output.sample_prompts))),
+        prompt=longest // _BYTES_A_TOKEN + _TEMPLATE_TOKENS,
+        new=output.sample_max_new_tokens,
+    )
 
 
 def plan_answers(
@@ -253,9 +265,10 @@ def plan_answers(
     return _answered(plan, output, taken)
 
 
-def _answered(plan: Plan, output: OutputConfig, taken: Callable[[int], int]) -> tuple[Plan, int]:
+def _answered(
+    plan: Plan, output: OutputConfig, taken: Callable[[int], int], at_once: int = ANSWERED_AT_ONCE
+) -> tuple[Plan, int]:
     """With as many prompts at a time as fit; `taken`: their number -> bytes beside weights and state."""
-    at_once = ANSWERED_AT_ONCE
     while True:
         size = taken(at_once)
         plan = plan.beside("generation", size)
