@@ -130,17 +130,17 @@ def test_default_chunks_equal_reference():
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
 @pytest.mark.parametrize("function", (dense(), chunked(None), chunked(8)), ids=("reference", "xla", "xla-8"))
 def test_changing_one_segment_leaves_the_others_bit_for_bit(function, dtype):
-    run = jax.jit(function)
-    before = qkv(4, 2, dtype)[:3]
-    other = qkv(4, 2, dtype, seed=1)[:3]
-    expected = np.asarray(run(*before, SEGMENT_IDS), np.float32)
+    """Gradients too, of which a segment of one token has dv alone."""
+    before, other = (qkv(4, 2, dtype, seed=seed) for seed in (0, 1))
+    expected = [np.asarray(x, np.float32) for x in forward_and_gradients(function, *before)]
     for row, number in ((0, 2), (0, 3), (0, 0), (1, 1)):
         changed = np.zeros((B, T), bool)
         changed[row] = SEGMENT_IDS[row] == number
         after = [jnp.where(changed[..., None, None], 100 * b, a) for a, b in zip(before, other, strict=True)]
-        found = np.asarray(run(*after, SEGMENT_IDS), np.float32)
-        assert np.any(found[changed] != expected[changed])
-        np.testing.assert_array_equal(found[~changed], expected[~changed])
+        found = [np.asarray(x, np.float32) for x in forward_and_gradients(function, *after)]
+        for name, a, b in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+            assert np.any(a[changed] != b[changed]) or (number == 3 and name in ("dq", "dk"))
+            np.testing.assert_array_equal(a[~changed], b[~changed], err_msg=name)
 
 
 @pytest.mark.slow

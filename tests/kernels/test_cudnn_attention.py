@@ -20,6 +20,9 @@ from lorajax_kernels.device import Device
 
 # A JAX that is not known yet is refused, and then there is nothing to test with it.
 known_jax = pytest.mark.skipif(cudnn._why_not_this_jax(False) is not None, reason="this JAX is not known")
+grouped_keys = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="older releases misplace grouped keys"
+)
 HOPPER = Device("a Hopper GPU", (9, 0), cudnn_version=91900)
 PROBLEM = Problem(
     *(2, 256, 4, 4, 64, jnp.dtype(jnp.bfloat16)), window=None, softcap=None, max_segments=5, scale=0.1
@@ -157,6 +160,18 @@ def test_equals_the_reference(stand_in, window, max_segments):
     np.testing.assert_allclose(forward, expected[0], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "heads", ((3, 3), pytest.param((6, 2), marks=grouped_keys), pytest.param((8, 1), marks=grouped_keys))
+)
+def test_equals_the_reference_with_any_heads(stand_in, heads):
+    options = {"scale": 0.3, "window": 6}
+    ours = functools.partial(cudnn.cudnn_attention, softcap=None, max_segments=6, **options)
+    found = run(ours, *arrays(3, 48, heads))
+    expected = run(functools.partial(attention, implementation="reference", **options), *arrays(3, 48, heads))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_a_single_segment_a_row(stand_in):
     segment_ids = np.ones((2, 16), np.int32)
     ours = functools.partial(cudnn.cudnn_attention, scale=0.3, window=None, softcap=None, max_segments=1)
@@ -282,7 +297,7 @@ def test_is_not_trusted_with_a_jax_it_does_not_know(monkeypatch):
     cudnn._why_not_this_jax.cache_clear()
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older releases misplace grouped keys")
+@grouped_keys
 def test_the_probe_passes_what_is_right(stand_in):
     assert cudnn._probe(16, True, True, jnp.dtype(jnp.float32)) <= 1e-5
 

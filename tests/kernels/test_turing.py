@@ -77,6 +77,7 @@ HALF = jnp.float16  # Turing has no bfloat16
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 4096, 8, 2, 64
 ROWS, FEATURES, OUT, VOCABULARY, RANK = 4096, 1024, 8192, 64000, 16
 SCORES, LOGITS, LAYER_OUTPUT = 4 * BATCH * HEADS * LENGTH**2, 4 * ROWS * VOCABULARY, 2 * ROWS * OUT
+HEAD_GRADIENT = 4 * VOCABULARY * FEATURES
 REQUESTS = 16
 CACHE, WEIGHT = 2 * REQUESTS * LENGTH * KV_HEADS * HEAD_DIM, 2 * OUT * FEATURES
 
@@ -97,15 +98,16 @@ def both(function: Callable[..., Any], constants: int = 0) -> Callable[..., Any]
     return passes
 
 
-def attend(q, k, v, segment_ids):
-    return attention(q, k, v, segment_ids, implementation="xla")
+def attend(q, k, v, segment_ids, **options):
+    return attention(q, k, v, segment_ids, implementation="xla", **options)
 
 
-def cross_entropy(x, head, targets, weights):
-    def loss(x):
-        return linear_cross_entropy(x, head, targets, weights, implementation="xla")[0]
+def cross_entropy(x, head, targets, weights, trainable_head=False):
+    def loss(x, head):
+        options = {"trainable_head": trainable_head, "implementation": "xla"}
+        return linear_cross_entropy(x, head, targets, weights, **options)[0]
 
-    return jax.value_and_grad(loss)(x)
+    return jax.value_and_grad(loss, (0, 1) if trainable_head else (0,))(x, head)
 
 
 def layers(x, adapters, weights, norm=None):
@@ -122,7 +124,9 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     q, k = shape(BATCH, LENGTH, HEADS, HEAD_DIM), shape(BATCH, LENGTH, KV_HEADS, HEAD_DIM)
     segment_ids, targets = shape(BATCH, LENGTH, dtype=jnp.int32), shape(ROWS, dtype=jnp.int32)
     query, cache = shape(REQUESTS, 1, HEADS, HEAD_DIM), shape(REQUESTS, LENGTH, KV_HEADS, HEAD_DIM)
+    near = functools.partial(attend, window=1000, softcap=20.0)
     angle = shape(BATCH, LENGTH, HEAD_DIM // 2, dtype=jnp.float32)
+    head, counted = shape(VOCABULARY, FEATURES), shape(ROWS, dtype=jnp.float32)
     x, dy, weight = shape(ROWS, FEATURES), shape(ROWS, OUT), shape(OUT, FEATURES)
     weights, dys, norm = [weight] * 2, (dy, dy), shape(FEATURES, dtype=jnp.float32)
     a, b = shape(RANK, FEATURES, dtype=jnp.float32), shape(OUT, RANK, dtype=jnp.float32)
@@ -132,10 +136,12 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     nf4 = jax.eval_shape(quantize_nf4, weight)
     return {
         "attention": (both(attend, 1), (q, k, k, segment_ids, q)),
+        "attention, windowed and capped": (both(near, 1), (q, k, k, segment_ids, q)),
         "cached attention": (cached_attention, (query, cache, cache, shape(REQUESTS, dtype=jnp.int32))),
-        "cross-entropy": (
-            cross_entropy,
-            (x, shape(VOCABULARY, FEATURES), targets, shape(ROWS, dtype=jnp.float32)),
+        "cross-entropy": (cross_entropy, (x, head, targets, counted)),
+        "cross-entropy and head": (
+            functools.partial(cross_entropy, trainable_head=True),
+            (x, head, targets, counted),
         ),
         "lora": (both(layers, 1), (x, adapters, weights, dys)),
         "lora on NF4": (both(layers, 1), (x, adapters, [nf4] * 2, dys)),
@@ -199,8 +205,11 @@ def compiled() -> dict[str, Any]:
     ("name", "most"),
     (
         ("attention", SCORES / 2),
+        ("attention, windowed and capped", SCORES / 2),
         ("cached attention", 2 * CACHE),
         ("cross-entropy", LOGITS / 2),
+        # dhead in float32, and what a chunk adds to it.
+        ("cross-entropy and head", LOGITS / 2 + 2 * HEAD_GRADIENT),
         ("lora", LAYER_OUTPUT),
         ("lora on NF4", LAYER_OUTPUT),
         ("lora with dropout", LAYER_OUTPUT),
@@ -222,7 +231,8 @@ def test_what_a_program_holds(compiled, name, most):
 @pytest.mark.parametrize(
     "name",
     (
-        *("attention", "cached attention", "cross-entropy", "nf4_linear"),
+        *("attention", "attention, windowed and capped", "cached attention"),
+        *("cross-entropy", "cross-entropy and head", "nf4_linear"),
         *("lora", "lora on NF4", "lora with dropout", "lora after a norm", "lora after a gate"),
     ),
 )

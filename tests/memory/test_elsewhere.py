@@ -17,7 +17,9 @@ from lorajax.command import run_command
 from lorajax.config import load_config
 from lorajax.errors import UserError
 from lorajax.memory import elsewhere
+from lorajax.memory.costs import Rates
 from lorajax.memory.elsewhere import Compiled, Failed, Variant, compile_elsewhere, compile_variants
+from lorajax.memory.plan import outline_of, problem_of
 from lorajax.memory.policy import LayerPolicy, Layout, Policy
 from lorajax.memory.targets import find_target
 from lorajax.plan import main
@@ -25,6 +27,8 @@ from lorajax.training import planning
 from lorajax.training.planning import plan_memory
 
 HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
+RATES = Rates(1e15, 4e12, 5e10)
+AWAY = {"block_input": "offload"}
 needs_plugin = pytest.mark.skipif(not HAS_PLUGIN, reason="JAX' CUDA plugin is not installed (lorajax[plan])")
 
 
@@ -127,13 +131,22 @@ def test_memory_grows_with_rows_layers_and_what_is_kept(config_of):
         Variant(Layout(4, "none"), 2),
         Variant(Layout(4, "none"), 5),
         Variant(Layout(4, "full", 4), 1),
+        Variant(Layout(4, AWAY), 2),
+        Variant(Layout(4, AWAY), 4),
     ]
-    found = list(compile_variants(config_of(), find_target("l4"), variants))
-    whole, half, uneven, deeper, deepest, in_chunks = found
+    config = config_of()
+    found = list(compile_variants(config, find_target("l4"), variants))
+    whole, half, uneven, deeper, deepest, in_chunks, *offloaded = found
     assert half.temporaries < 0.7 * whole.temporaries
     assert half.arguments > whole.arguments  # six rows, not four
     assert in_chunks.temporaries < 0.8 * whole.temporaries
     assert deeper.temporaries > 1.3 * whole.temporaries and deeper.arguments > whole.arguments
+    # What is trained has float32 gradients, which are temporary; nothing else grows with the layers.
+    a_layer = problem_of(config, outline_of(config), rates=RATES, offloads=True).workload(4).trainable // 4
+    few, many = (
+        each.temporaries - 4 * a_layer * layers for each, layers in zip(offloaded, (2, 4), strict=True)
+    )
+    assert many == pytest.approx(few, rel=0.02)
     # What cannot be compiled does not stop the others.
     assert uneven == Failed("4 rows cannot be cut into micro-batches of 3")
     assert deepest == Failed("the model has 4 layers, not 5")
@@ -280,8 +293,14 @@ def test_answers_that_do_not_fit_are_refused(compiles, config_of, monkeypatch):
         )
         return plan_memory(config, "l4", compiles=compiles)
 
-    monkeypatch.setattr(planning, "compile_elsewhere", lambda *_: Compiled(30 * 2**20, 2**20, 0, 1.0))
-    monkeypatch.setattr(planning, "answering_bytes", lambda *_, rows, new, **__: rows * new * 2**15)
+    def compiled(config, target, variant):
+        answers = variant.answering
+        return Compiled(30 * 2**20, 2**20 if answers is None else answers.rows * answers.new * 2**15, 0, 1.0)
+
+    monkeypatch.setattr(planning, "compile_elsewhere", compiled)
+    # What is estimated is half of that, and decides where nothing is compiled.
+    share = 2**14 if compiles else 2**15
+    monkeypatch.setattr(planning, "answering_bytes", lambda *_, rows, new, **__: rows * new * share)
     # 128 MiB for eight, but a run answers four at a time then.
     small, large = plan(512, 4).others["generation"], plan(512, 8).others["generation"]
     assert 64 * 2**20 < small == large <= 120 * 2**20
@@ -354,6 +373,18 @@ def test_an_evaluation_takes_about_what_is_estimated(chunks, config_of):
     layout = Layout(plan.chosen.layout.rows, "none", chunks)
     found = compile_elsewhere(config, find_target("h100"), Variant(layout, evaluates=True))
     assert plan.others["evaluation"] - plan.fixed == pytest.approx(found.temporaries, rel=0.25)
+
+
+@pytest.mark.slow
+@needs_plugin
+def test_answers_take_about_what_is_estimated(config_of):
+    new = 3000
+    config = config_of(output__sample_prompts="[a, b, c]", output__sample_max_new_tokens=new)
+    estimated, compiled = (plan_memory(config, "h100", compiles=compiles) for compiles in (False, True))
+    found, expected = (plan.others["generation"] - plan.fixed for plan in (estimated, compiled))
+    assert found == pytest.approx(expected, rel=0.3)
+    caches = 2 * 4 * 4 * (64 + new) * 2 * 64 * 2  # layers, rows, tokens, key heads, their size, bytes
+    assert expected > caches
 
 
 def test_the_estimate_is_printed_before_anything_is_compiled(config_of, monkeypatch, tmp_path, capsys):

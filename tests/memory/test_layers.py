@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
+from lorajax_kernels import nf4_linear, quantize_nf4
 
 from lorajax.memory.layers import run_layers
 from lorajax.memory.policy import EVERYTHING, LayerPolicy, Policy
@@ -122,6 +123,50 @@ def test_a_layer_without_trained_weights_hinders_no_gradient(frozen, float64):
     copies = transfers(lowered.lower(lowering_platforms=("cuda",)).as_text())
     away = LAYERS - 1 - (frozen > 0)
     assert {where: number for (where, _), number in copies.items()} == {"pinned_host": away, "device": away}
+
+
+def test_weights_in_nf4_are_frozen_weights_like_others():
+    """Bytes and scales, which have no gradient; what is trained has that of a plain loop."""
+
+    class Quantised(nnx.Module):
+        def __init__(self, index):
+            keys = jax.random.split(jax.random.key(index), 3)
+            wide, narrow = (64, 16), (16, 64)
+            self.up = nnx.Variable(quantize_nf4(jax.random.normal(keys[0], wide)))
+            self.down = nnx.Variable(quantize_nf4(jax.random.normal(keys[1], narrow), double_quant=True))
+            self.scale = nnx.Param(jax.random.normal(keys[2], (64,)))
+
+        def __call__(self, x):
+            up = checkpoint_name(nf4_linear(x, self.up.get_value()), "up")
+            return x + nf4_linear(jnp.tanh(up * self.scale[...]), self.down.get_value())
+
+    graph, trained, frozen = nnx.split(nnx.List(map(Quantised, range(3))), nnx.Param, ...)
+
+    def gradients(checkpointing):
+        def loss(trained, frozen, x):
+            model = nnx.merge(graph, trained, frozen)
+            y = run_layers(lambda block, index, x: block(x), model, x, checkpointing=checkpointing)
+            return jnp.sum(jnp.sin(y))
+
+        x = jax.random.normal(jax.random.key(7), (1, 4, 16))
+        return jax.jit(jax.grad(loss, argnums=(0, 2)))(trained, frozen, x)
+
+    expected = gradients(None)
+    for checkpointing in ("none", "full", "offload", {"up": "offload"}):
+        for a, b in zip(*map(jax.tree.leaves, (gradients(checkpointing), expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_no_weight_is_copied_and_nothing_is_stacked(name, arrays):
+    """As compiled, for a CPU."""
+    graph, *values = arrays
+    text = jax.jit(program(graph, POLICIES[name])).lower(*values).compile().as_text()
+    made = Counter(re.findall(r"= \w+\[([\d,]*)\]\S* ([a-z-]+)\(", text))
+    assert made  # it is read right: products, at the least
+    assert not {(shape, "copy") for shape in (f"{WIDTH},{INNER}", f"{INNER},{WIDTH}")} & made.keys()
+    stacking = {"dynamic-slice", "dynamic-update-slice", "concatenate", "gather", "scatter"}
+    assert not stacking & {op for _, op in made}
 
 
 def test_the_loop_can_be_scanned_over(float64):

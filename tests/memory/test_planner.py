@@ -20,7 +20,7 @@ from lorajax.errors import UserError
 from lorajax.lora.adapter import outline_lora
 from lorajax.lora.config import LoRAConfig
 from lorajax.memory.analysis import Memory
-from lorajax.memory.costs import Rates, workload
+from lorajax.memory.costs import Costs, Rates, workload
 from lorajax.memory.plan import Plan, accepted, choose_again, describe, front, settle, thinned
 from lorajax.memory.planner import LEAST_CHUNK, estimate, estimates, micro_batch_counts, unbeaten
 from lorajax.memory.policy import ACTIVATIONS, LayerPolicy, Layout, Policy
@@ -87,6 +87,33 @@ def test_estimates_are_near_what_was_measured(name, row, problem, speed):
         assert ms / speed(name) == pytest.approx(row["ms"], rel=0.03)
     temporary = (found.device.activations + found.device.workspace) / GIB
     assert temporary == pytest.approx(row["temporary_gib"], abs=0.3)
+
+
+@pytest.fixture
+def layer_costs(problem):
+    """Of a layer of 8B, for four rows."""
+    found = problem("8b", rows=4, length=4096)
+    return Costs(found.workload(4), found.rates)
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "block_input"])
+def test_each_activation_has_a_cost_of_its_own(name, layer_costs):
+    """What keeping it saves in the backward pass; what comes with another saves nothing alone."""
+
+    def backward(*kept):
+        return layer_costs.of_layer(LayerPolicy.of(dict.fromkeys(kept, "save"))).backward
+
+    saved = backward() - backward(name)
+    if name == "attention_output":
+        saved = backward("attention_lse") - backward("attention_lse", name)
+    free = name in ("attention_lse", "lora_hidden")
+    assert (saved == 0) if free else (saved == pytest.approx(layer_costs.recomputed[name], rel=0.01))
+
+
+def test_attention_runs_again_unless_both_of_its_results_are_kept(layer_costs):
+    both = ("attention_output", "attention_lse")
+    once = [layer_costs.again(kept) for kept in (both[:1], both[1:], ())]
+    assert once == once[:1] * 3 and once[0] > layer_costs.again(both)
 
 
 def test_offloading_more_than_the_link_moves_costs_the_time_of_the_copies(problem):

@@ -1,24 +1,34 @@
 """What a plan counts beside the training step."""
 
 import dataclasses
+import gc
+import re
 import shutil
+import sys
 
+import jax
 import pytest
+from flax import nnx
 
 from lorajax.config import OutputConfig, load_config
 from lorajax.errors import UserError
-from lorajax.memory.analysis import Memory
+from lorajax.memory.analysis import Memory, gib
 from lorajax.memory.costs import Rates
-from lorajax.memory.plan import Plan, outline_of
+from lorajax.memory.plan import Plan, outline_of, problem_of
 from lorajax.memory.planner import Breakdown, Estimate
 from lorajax.memory.policy import Layout, Policy
+from lorajax.models.checkpoint import load
+from lorajax.models.decoder import LoRAParam
 from lorajax.sharding import data_mesh
 from lorajax.training import planning, program
 from lorajax.training.fit import fit
 from lorajax.training.inputs import RunShape
 from lorajax.training.program import Program
+from lorajax.training.weights import split_weights
 
 GIB = 2**30
+# lorajax.training.fit is the function, in the package of that name.
+fit_module = sys.modules[fit.__module__]
 
 
 @pytest.fixture
@@ -79,6 +89,25 @@ def gpu(monkeypatch):
     monkeypatch.setattr(planning, "host_limit", lambda budget: GIB)
     monkeypatch.setattr(planning, "offloads", lambda: True)
     monkeypatch.setattr(planning, "machine_rates", lambda: Rates(1e15, 4e12, 5e10))
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_what_stays_is_counted_to_the_byte(mode, config_of, llama_folder):
+    config = config_of(train__mode=mode, model__dtype="bfloat16", train__per_device_train_batch_size=3)
+    problem = problem_of(config, outline_of(config), rates=Rates(1e15, 4e12, 5e10), offloads=True)
+    full = mode == "full"
+    model = load(
+        llama_folder,
+        lora=None if full else config.lora,
+        dtype="bfloat16",
+        param_dtype="float32" if full else None,
+    )
+    _, trainable, frozen = split_weights(model, mode)
+    weights, adapters, optimizer = problem.fixed
+    assert weights == sum(leaf.nbytes for leaf in frozen.values())
+    assert adapters == sum(leaf.nbytes for leaf in trainable.values()) > 0
+    batch = 5 * 4 * 3 * 64  # tokens, targets, positions, segments, weights
+    assert optimizer == 2 * adapters + batch
 
 
 @pytest.mark.parametrize("context", [None, 100])
@@ -217,6 +246,53 @@ def test_answers_are_estimated_where_there_is_no_tokenizer(
     monkeypatch.setattr(planning, "answering_bytes", lambda *_, **__: 5 * 2**20)
     plan = planning.plan_memory(config)
     assert plan.others == {"generation": plan.fixed + 5 * 2**20}
+
+
+# --- a run with a plan, on a GPU that is imagined ---
+
+
+def test_a_run_tells_its_plan_and_holds_no_more(gpu, quick_config, monkeypatch, capsys):
+    """Before the first step, beside the bar, and at the end; adapters once, whenever Python collects."""
+    claimed, alive = [], []
+
+    def note(function):
+        def noted(*arguments, **options):
+            alive.append(sum(array.nbytes for array in jax.live_arrays()) - others)
+            return function(*arguments, **options)
+
+        return noted
+
+    for name in ("_answers", "banner"):
+        monkeypatch.setattr(fit_module, name, note(getattr(fit_module, name)))
+    monkeypatch.setattr(fit_module, "claim_gpu_memory", claimed.append)
+    config = quick_config(
+        lora={"rank": 32},
+        train={"max_steps": 2},
+        output={"sample_prompts": ["a"], "sample_max_new_tokens": 2},
+        memory={"budget": "700MiB", "checkpointing": "auto"},
+    )
+    gc.collect()
+    others = sum(array.nbytes for array in jax.live_arrays())
+    gc.disable()
+    try:
+        result = fit(config)
+    finally:
+        gc.enable()
+    printed = capsys.readouterr()
+    assert claimed == ["700MiB"]
+    assert re.search(r"plan +1 x 2 rows on .* tokens/s a GPU", printed.out)
+    assert re.search(r"GPU memory +[\d.]+[MG] of 1.00G \(compiled\): weights", printed.out)
+    assert re.search(r"saved +every activation", printed.out)
+    assert re.search(r"loss \d.*tokens/s, peak \d+\.\d\d GiB", printed.err)
+    peak, plan = gib(result.peak_memory_bytes), gib(result.planned_memory_bytes)
+    assert f"peak memory {peak}, planned {plan}" in printed.out
+    # While prompts are answered, steps are made, and prompts are answered again.
+    before, training, after = alive
+    adapters = sum(array.nbytes for array in jax.tree.leaves(nnx.state(result.model, LoRAParam)))
+    weights = sum(array.nbytes for array in jax.tree.leaves(nnx.state(result.model))) - adapters
+    assert before == weights + adapters
+    assert weights + 3 * adapters <= training < weights + 3.1 * adapters  # and two moments
+    assert after - before in (0, adapters)  # on a CPU they may be views of the layer's vector
 
 
 # --- where there is no host memory to offload to ---
