@@ -2,8 +2,8 @@
 
     python kernels/benchmarks/cached_attention.py [--tiny]
 
-Random data, in caches that lie in memory as those of lorajax.generation do, [B, K, S, H]. The work is the bytes that must be moved: both caches, which are full, queries and lengths read,
-and the output written.
+Random data, in caches that lie in memory as those of lorajax.generation do, [B, K, S, H]. The work is the
+bytes that must be moved: both caches, which are full, queries and lengths read, and the output written.
 """
 
 from __future__ import annotations
