@@ -15,8 +15,8 @@ import jax
 def kernel_times(call: Callable[[], Any], calls: int = 3) -> list[dict[str, Any]]:
     """Kernels of one call, longest first; a list of {"ms", "count", "kernel", "op", "source"}.
 
-    Kernels are put together that differ in numbers only: the same operation in each layer. Run with
-    XLA_FLAGS=--xla_gpu_enable_command_buffer= to see single kernels instead of graphs.
+    Kernels are put together that differ in numbers only: the same operation in each layer. With command
+    buffers XLA has graphs in place of kernels (XLA_FLAGS=--xla_gpu_enable_command_buffer=).
 
     Args:
         call: runs the function; what it returns is waited for.

@@ -95,6 +95,8 @@ TASKS = {
         "train_step.py 8b,4,4096,offload,auto 8b:80,4,4096,offload,auto 8b:8,4,4096,offload,auto"
         " 8b:16,4,4096,offload,auto 8b,4,4096,auto@19.6GiB,auto --compile-only --again --cache {cache}/cold",
     ),
+    "profile_8b": Task(3, "train_step.py 8b,4,4096,auto@75GiB,auto --here --profile"),
+    "profile_1b": Task(3, "train_step.py 1b,8,2048,auto@19.5GiB,auto --here --profile"),
     "offload_1b": Task(3, f"train_step.py 1b,8,2048,full,auto 1b,8,2048,offload,auto {_IN_TURNS}"),
     "tests_2_to_the_31": Task(3, "pytest -q -n 0 {tests}/gpu -k 2_to_the_31", fraction=0.9),
 }
@@ -183,6 +185,9 @@ def _steps(record: dict[str, Any]) -> str:
         kept = ",".join(row["case"].split(",")[:4])
         if "again" in row:
             return f"{kept}: {'warm' if row['again'] else 'cold'} {row['compile_seconds']} s"
+        if "kernels" in row:
+            longest = ", ".join(f"{each['ms']} {each['kernel'][:30]}" for each in row["kernels"][:4])
+            return f"{kept}: {row['ms']} ms, of which {longest}"
         ratio = f", {row['ratio']} of the first" if "ratio" in row else ""
         return f"{kept}: {row['tokens_per_second']:,} tokens/s, {row['planned_gib']} GiB{ratio}"
 

@@ -27,10 +27,9 @@ other time in the opposite order: for differences smaller than the drift from on
 has the milliseconds of all rounds, and the ratio of its median to that of the first case. Its memory is that
 of the compiled program; peak_gib is null, because a peak would be that of all cases together.
 
-The kernels that a step is made of:
+    python benchmarks/train_step.py CASE --here --profile --out result.json
 
-    export XLA_FLAGS=--xla_gpu_enable_command_buffer=
-    python benchmarks/train_step.py CASE --here --profile kernels.json
+has the kernels that a step is made of, longest first. They start one by one then, not as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -339,21 +338,23 @@ def _note_part(event: str, duration_secs: float, **_: str | int) -> None:
         _LONGEST[name] = max(_LONGEST.get(name, 0.0), duration_secs)
 
 
-def measure(case: str, segments: int, profile: str | None) -> dict[str, Any]:
-    """One case, in this process; `profile` names a file for the kernels of a step."""
+def measure(case: str, segments: int, *, profile: bool) -> dict[str, Any]:
+    """One case, in this process; `profile`: with the kernels of a step."""
     from lorajax.memory.machine import claim_gpu_memory
     from lorajax.training.metrics import peak_memory_bytes
 
+    if profile:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     claim_gpu_memory(Case.of(case).budget)
     prepared = prepare(case, segments)
     steps = prepared.warm_up(ROUND_SECONDS)
     seconds = [prepared.run_steps(steps) for _ in range(ROUNDS)]
+    row = prepared.row(seconds, steps, peak=peak_memory_bytes())
     if profile:
         from kernel_times import kernel_times
 
-        times = kernel_times(lambda: prepared.run_steps(1))
-        Path(profile).write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
-    return prepared.row(seconds, steps, peak=peak_memory_bytes())
+        row["kernels"] = kernel_times(lambda: prepared.run_steps(1))
+    return row
 
 
 def compile_alone(case: str, segments: int, share: str | None, *, runs: bool) -> dict[str, Any]:
@@ -570,7 +571,7 @@ def arguments_of_command() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="with --compile-only: twice")
     parser.add_argument("--out", help="JSON file for the result")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
-    parser.add_argument("--profile", help="JSON file for the kernels of a step, with --here")
+    parser.add_argument("--profile", action="store_true", help="the kernels of a step, with --here")
     parser.add_argument("--here", action="store_true", help="the first case alone, in this process")
     parser.add_argument("--gpu-share", help="with --compile-only --here: see compile_alone")
     parser.add_argument("--peak", action="store_true", help="with --compile-only --here: see compile_alone")
@@ -590,7 +591,7 @@ def in_this_process(arguments: argparse.Namespace) -> dict[str, Any]:
         use_cache(arguments.cache)
     if arguments.compile_only:
         return compile_alone(arguments.cases[0], arguments.segments, arguments.gpu_share, runs=arguments.peak)
-    return measure(arguments.cases[0], arguments.segments, arguments.profile)
+    return measure(arguments.cases[0], arguments.segments, profile=arguments.profile)
 
 
 def rows_of(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -616,12 +617,14 @@ def rows_of(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main() -> None:
     arguments = arguments_of_command()
     if arguments.here or arguments.machine:
-        print(json.dumps(in_this_process(arguments)))
-        return
-    rows = []
-    for row in rows_of(arguments):
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+        row = in_this_process(arguments)
+        print(json.dumps(row))
+        rows = [{"case": ",".join(arguments.cases), "segments": arguments.segments, **row}]
+    else:
+        rows = []
+        for row in rows_of(arguments):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     beside = [record for command in arguments.beside for record in lines_of_json(command)]
     if arguments.out:
         record = {
