@@ -7,7 +7,7 @@ What a layer keeps on the GPU, keeps in host memory or makes again is its policy
 |---|---|---|---|
 | none    | every named activation   | nothing         | what has no name |
 | full    | the layer's input [B,T,D] | nothing        | the layer |
-| offload | nothing (last layer: its input) | the layer's input and gradient | the layer |
+| offload | nothing (last layer: its input, lora_hidden) | the layer's input and gradient | the layer |
 
 All layers are in one custom_vjp. A layer is traced once, together with what its backward pass
 reads, into a list of equations. The forward pass evaluates what the output and the kept activations need, the

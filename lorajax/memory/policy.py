@@ -135,8 +135,13 @@ class Policy:
                 raise ValueError(f"checkpointing={checkpointing!r} is not one of {', '.join(PRESETS)}")
             if checkpointing == "none":
                 return cls((EVERYTHING,) * num_layers)
-            kept = {} if checkpointing == "full" else {"block_input": "offload", GRADIENT: "offload"}
-            return cls((LayerPolicy.of(kept),) * num_layers)
+            if checkpointing == "full":
+                return cls((LayerPolicy.of({}),) * num_layers)
+            away = {"block_input": "offload", GRADIENT: "offload"}
+            # Nothing of the last layer travels. What is small may stay there, and XLA packs its backward
+            # pass, which has the loss before it and no layer, as tightly as the others'.
+            last = LayerPolicy.of(away | {"lora_hidden": "save"})
+            return cls((*(LayerPolicy.of(away),) * (num_layers - 1), last))
         return cls((LayerPolicy.of(checkpointing),) * num_layers)
 
     def without(self, *names: str) -> Policy:

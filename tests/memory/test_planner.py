@@ -165,7 +165,8 @@ def test_offload_leaves_gradients_where_they_are_larger_than_what_they_hide_behi
     some = problem("1b", rows=rows, length=512)
     found = estimate(some, Layout(rows, "offload"))
     assert {layer.gradient_away for layer in found.layout.checkpointing.layers} == {away}
-    assert found == estimate(some, Layout(rows, AWAY if away else {"block_input": "offload"}))
+    others = Policy.of("offload", 16).with_gradients(away=away)
+    assert found == estimate(some, Layout(rows, others))
     assert all(
         layer.gradient_away for layer in estimate(some, Layout(rows, AWAY)).layout.checkpointing.layers
     )

@@ -1,6 +1,7 @@
 """Policies over the named activations of a layer."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ def test_presets_say_what_every_layer_keeps():
     assert Policy.of("none", 2) == Policy((EVERYTHING, EVERYTHING))
     assert Policy.of("full", 2) == Policy((LayerPolicy(saved=frozenset({"block_input"})),) * 2)
     away = LayerPolicy(offloaded=frozenset({"block_input"}), gradient_away=True)
-    assert Policy.of("offload", 3) == Policy((away,) * 3)
+    assert Policy.of("offload", 3) == Policy((away, away, replace(away, saved=frozenset({"lora_hidden"}))))
     assert Policy.of("none", 2).keeps_everything and not Policy.of("none", 2).offloads
     assert Policy.of("offload", 1).offloads and Policy.of({"gradient": "offload"}, 1).offloads
 
