@@ -240,10 +240,12 @@ def _compile(request: dict[str, Any]) -> Compiled:
             model, mesh = _outline(config, request["num_layers"]), _mesh_there(target)
             answering = Answering(*request["answering"])
             memory = Memory(0, compiled_answering_memory(model, answering, mesh, eos_tokens=1), 0)
-        elif request["evaluates"]:
-            _, memory = compile_evaluation(*arguments_there(config, target, layout, request["num_layers"]))
         else:
-            memory = compile_step(*arguments_there(config, target, layout, request["num_layers"])).memory
+            arguments = arguments_there(config, target, layout, request["num_layers"])
+            if request["evaluates"]:
+                _, memory = compile_evaluation(*arguments)
+            else:
+                memory = compile_step(*arguments).memory
     return Compiled(**dataclasses.asdict(memory), seconds=round(time.perf_counter() - began, 1))
 
 

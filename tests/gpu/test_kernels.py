@@ -581,8 +581,9 @@ def as_words(x: jax.Array | np.ndarray) -> np.ndarray:
     return np.asarray(x, np.float32).view(np.uint32)
 
 
-def large_nf4(double_quant: bool) -> tuple[NF4Weight, NF4Weight]:
-    """A weight of random bits and more than 2^31 elements, and its last rows alone."""
+def large_nf4(implementation: str, double_quant: bool) -> tuple[NF4Weight, NF4Weight]:
+    """A weight of random bits and more than 2^31 elements, and its last rows alone; skips as serving_nf4."""
+    needing(20)
     out, features, last = 2**15 + 64, 2**16, 64
     assert out * features > 2**31
     blocks = out * features // 64
@@ -601,16 +602,16 @@ def large_nf4(double_quant: bool) -> tuple[NF4Weight, NF4Weight]:
         return NF4Weight(shape=(rows, features), dtype=jnp.dtype(jnp.bfloat16), **arrays, **codes)
 
     tail = {name: array[-(array.size * last // out) :] for name, array in arrays.items()}
-    return weight(out, arrays), weight(last, tail)
+    q = weight(out, arrays)
+    serving_nf4(implementation, q)
+    return q, weight(last, tail)
 
 
 @pytest.mark.parametrize("double_quant", (False, True))
 @pytest.mark.parametrize("implementation", NF4_KERNELS)
 def test_nf4_of_more_than_2_to_the_31_elements(implementation, double_quant):
     """The last rows are compared with the reference of them alone."""
-    needing(20)
-    q, tail = large_nf4(double_quant)
-    serving_nf4(implementation, q)
+    q, tail = large_nf4(implementation, double_quant)
     found = jax.jit(functools.partial(dequantize_nf4, implementation=implementation))(q)
     expected = jax.jit(functools.partial(dequantize_nf4, implementation="reference"))(tail)
     np.testing.assert_array_equal(as_words(found[-tail.shape[0] :]), as_words(expected))
@@ -620,9 +621,7 @@ def test_nf4_of_more_than_2_to_the_31_elements(implementation, double_quant):
 @pytest.mark.parametrize("implementation", NF4_KERNELS)
 def test_nf4_linear_of_more_than_2_to_the_31_elements(implementation, double_quant):
     """Only the last outputs have a gradient: they and dx are those of their rows of the weight alone."""
-    needing(20)
-    q, tail = large_nf4(double_quant)
-    serving_nf4(implementation, q)
+    q, tail = large_nf4(implementation, double_quant)
     x, dy = random_arrays([(128, q.shape[1]), (128, tail.shape[0])], jnp.bfloat16)
 
     @jax.jit

@@ -27,6 +27,7 @@ from lorajax.training.program import Program
 from lorajax.training.weights import split_weights
 
 GIB = 2**30
+RATES = Rates(1e15, 4e12, 5e10)
 # lorajax.training.fit is the function, in the package of that name.
 fit_module = sys.modules[fit.__module__]
 
@@ -88,13 +89,13 @@ def gpu(monkeypatch):
     monkeypatch.setattr(planning, "gpu_limit", lambda budget: GIB)
     monkeypatch.setattr(planning, "host_limit", lambda budget: GIB)
     monkeypatch.setattr(planning, "offloads", lambda: True)
-    monkeypatch.setattr(planning, "machine_rates", lambda: Rates(1e15, 4e12, 5e10))
+    monkeypatch.setattr(planning, "machine_rates", lambda: RATES)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_what_stays_is_counted_to_the_byte(mode, config_of, llama_folder):
     config = config_of(train__mode=mode, model__dtype="bfloat16", train__per_device_train_batch_size=3)
-    problem = problem_of(config, outline_of(config), rates=Rates(1e15, 4e12, 5e10), offloads=True)
+    problem = problem_of(config, outline_of(config), rates=RATES, offloads=True)
     full = mode == "full"
     model = load(
         llama_folder,
