@@ -30,7 +30,7 @@ from train_step import (
 )
 
 POLICIES = ("none", "full", "offload", "auto")
-ROUNDS, ROUND_SECONDS = 5, 2.0
+ROUNDS, ROUND_SECONDS = 5, 1.0
 LENGTH, BATCHES = 512, (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MOST_GROWTH, LEAST_SPEED = 0.1, 0.95
 
