@@ -416,6 +416,15 @@ def test_cached_attention_names_options_without_a_meaning(options, message):
         cached({}, **options)
 
 
+@pytest.mark.parametrize("implementation", ("xla", "reference"))
+def test_ids_that_differ_beyond_32_bits_are_different_segments(implementation):
+    """NumPy's, of which JAX would take the lower half."""
+    q, k, v, _ = qkv(4, 2)
+    far = SEGMENT_IDS.astype(np.int64) << 32
+    run = functools.partial(attention, q, k, v, implementation=implementation)
+    np.testing.assert_array_equal(run(far), run(SEGMENT_IDS))
+
+
 @pytest.mark.parametrize("dtype", (np.int8, np.uint8, np.uint16))
 def test_cached_attention_takes_lengths_of_any_integers(dtype):
     q, k, v, _ = qkv(4, 2)

@@ -4,8 +4,10 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lorajax_kernels import segments
 from lorajax_kernels.attention import cudnn, triton
 from lorajax_kernels.attention.cached import cached_attention
 from lorajax_kernels.attention.problem import Problem
@@ -79,6 +81,9 @@ def attention(
     problem = _problem(q, k, v, segment_ids, scale, window, softcap, max_segments)
     choice = choose("attention", _fastest_first(problem), problem, implementation=implementation)
     check_segments("attention", segment_ids, max_segments)
+    if isinstance(segment_ids, np.ndarray):
+        # JAX would cut int64 to 32 bits, and ids that differ might become one.
+        segment_ids = segments.ranks(segment_ids)
     return function_of(_IMPLEMENTATIONS, choice.name)(
         q,
         k,
@@ -86,7 +91,7 @@ def attention(
         segment_ids,
         scale=problem.scale,
         window=problem.window,
-        softcap=softcap,
+        softcap=problem.softcap,
         max_segments=max_segments,
     )
 
@@ -169,7 +174,7 @@ def _problem(
         head_dim=head_dim,
         dtype=jnp.dtype(q.dtype),
         window=None if window is None else min(window, length),
-        softcap=softcap,
+        softcap=None if softcap is None else float(softcap),
         max_segments=max_segments,
         scale=1 / math.sqrt(head_dim) if scale is None else float(scale),
     )
