@@ -277,6 +277,30 @@ def test_float16_bears_weights_of_any_size(weight):
     np.testing.assert_array_equal(mean(weights * weight), mean(weights))
 
 
+@pytest.mark.parametrize("weight", (1e-8, 1.0, 1e5))
+def test_float16_head_gradients_bear_weights_of_any_size(weight):
+    """x of float16 times the weight would be nothing, or infinite."""
+    x, head, targets, weights = inputs()
+
+    def gradient(x, weights):
+        loss = functools.partial(linear_cross_entropy, trainable_head=True)
+        return jax.grad(lambda head: loss(x, head, targets, weights)[0])(head)
+
+    expected = gradient(x.astype(jnp.float16).astype(jnp.float32), weights) * weight
+    error = gradient(x.astype(jnp.float16), weights * weight) - expected
+    assert np.abs(error).max() <= 2e-3 * np.abs(expected).max()
+
+
+def test_a_softcap_of_numpy_stays_a_float32_s():
+    arrays = inputs()
+    with jax.enable_x64(True):
+        loss, _ = linear_cross_entropy(*arrays, softcap=np.float64(3))
+        gradient = jax.grad(lambda x: linear_cross_entropy(x, *arrays[1:], softcap=np.float64(3))[0])(
+            arrays[0]
+        )
+    assert (loss.dtype, gradient.dtype) == (jnp.float32, jnp.float32)
+
+
 TILINGS = (Tiling(block=16, num_warps=4), Tiling(block=64, num_warps=4), Tiling(block=16384, num_warps=32))
 
 

@@ -123,7 +123,7 @@ def linear_cross_entropy(
     plan = _Plan(
         chunks=chunks,
         rows=rows,
-        softcap=softcap,
+        softcap=None if softcap is None else float(softcap),
         head_dtype=head.dtype if trainable_head else None,
         implementation=choose_cross_entropy(x.dtype, softcap=softcap, implementation=implementation).name,
     )
@@ -175,6 +175,7 @@ def _loss(plan: _Plan, x: Array, head: Array, targets: Array, weights: Array) ->
 
 def _loss_forward(plan: _Plan, x: Array, head: Array, targets: Array, weights: Array):
     vocab, head = head.shape[0], _filled_up(head.astype(x.dtype))
+    largest = _largest(weights)
     loss_and_gradient = functools.partial(
         function_of(_IMPLEMENTATIONS, plan.implementation), vocab=vocab, softcap=plan.softcap, dtype=x.dtype
     )
@@ -190,7 +191,8 @@ def _loss_forward(plan: _Plan, x: Array, head: Array, targets: Array, weights: A
             # Without its weight, which float16 may be too narrow for before the loss is scaled back.
             dx = product("rv,vd->rd", d, head)
             if dhead is not None:
-                weighted = jnp.where(weights[:, None] != 0, x * weights[:, None], 0).astype(x.dtype)
+                shares = (weights / largest)[:, None]
+                weighted = jnp.where(weights[:, None] != 0, x * shares, 0).astype(x.dtype)
                 dhead = dhead + einsum("rv,rd->vd", d, weighted)
             return (total, dhead), dx
 
@@ -207,11 +209,19 @@ def _loss_forward(plan: _Plan, x: Array, head: Array, targets: Array, weights: A
 def _loss_backward(plan: _Plan, residuals, dloss: Array):
     dx, weights, dhead = residuals
     dx = (dx.astype(jnp.float32) * weights[:, None] * dloss).astype(dx.dtype)
-    # A sum over many tokens fits float16 only once it is scaled.
-    return dx, None if dhead is None else (dhead * dloss).astype(plan.head_dtype), None, None
+    if dhead is not None:
+        # A sum over many tokens fits float16 only once it is scaled.
+        dhead = (dhead * (_largest(weights) * dloss)).astype(plan.head_dtype)
+    return dx, dhead, None, None
 
 
 _loss.defvjp(_loss_forward, _loss_backward)
+
+
+def _largest(weights: Array) -> Array:
+    """Of the weights, 1 if all are 0: x times a share of it is at most x, which fits float16."""
+    largest = jnp.max(jnp.abs(weights), initial=0)
+    return jnp.where(largest > 0, largest, 1)
 
 
 def _filled_up(head: Array) -> Array:
