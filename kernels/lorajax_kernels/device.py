@@ -86,12 +86,15 @@ def is_assumed() -> bool:
 
 def current_device() -> Device:
     """The device that JAX computes on by default; all of a machine's are taken to be alike."""
-    return _assumed.get() or _device_at_hand()
+    return _assumed.get() or _device_at_hand(jax.config.jax_default_device)  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _device_at_hand() -> Device:
-    device = jax.local_devices()[0]
+def _device_at_hand(default: Any = None) -> Device:
+    """Of jax.default_device: a device, the name of a platform, or None."""
+    if default is None or isinstance(default, str):
+        default = jax.local_devices(backend=default)[0]
+    device = default
     capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     if device.platform != "gpu" or capability is None:
         reason = f"it needs an NVIDIA GPU, this is a {device.platform.upper()}"

@@ -26,7 +26,7 @@ def gpu(monkeypatch):
         attributes |= {"platform": "gpu", "device_kind": "a GPU", "compute_capability": capability}
         fake = types.SimpleNamespace(**attributes)
         versions = types.SimpleNamespace(cudnn_get_version=lambda: cudnn)
-        monkeypatch.setattr(jax, "local_devices", lambda: [fake])
+        monkeypatch.setattr(jax, "local_devices", lambda backend=None: [fake])
         monkeypatch.setattr(jax._src.lib, "cuda_versions", versions)
         monkeypatch.setattr(device, "_is_installed", packages.__contains__)
         return device._device_at_hand.__wrapped__()
@@ -41,6 +41,23 @@ def test_this_machine():
         assert (found.compute_capability, found.cudnn_version) == (None, None)
         assert found.no_triton == found.no_mosaic == "it needs an NVIDIA GPU, this is a CPU"
         assert found.half_dtype == jnp.bfloat16
+
+
+def test_follows_the_default_device(monkeypatch):
+    """On a machine with a GPU, a program for its CPU."""
+    cpu, plain = jax.devices("cpu")[0], jax.local_devices
+    fake = types.SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability="9.0")
+    monkeypatch.setattr(
+        jax, "local_devices", lambda backend=None: [fake] if backend is None else plain(backend=backend)
+    )
+    device._device_at_hand.cache_clear()
+    try:
+        for default in (cpu, "cpu"):
+            with jax.default_device(default):
+                assert device.current_device().kind == cpu.device_kind
+        assert device.current_device().kind == "a GPU"
+    finally:
+        device._device_at_hand.cache_clear()
 
 
 @pytest.mark.parametrize(
