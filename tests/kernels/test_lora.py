@@ -43,7 +43,7 @@ from lorajax_kernels.lora.triton import (
     triton_swiglu_backward,
 )
 from lorajax_kernels.lora.xla import xla_hidden_and_b
-from lorajax_kernels.nf4 import dequantize_nf4, quantize_nf4
+from lorajax_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 
 IN = 33
 # Three layers of their own sizes and ranks; the second has no adapter, the first and the last a bias.
@@ -514,6 +514,15 @@ def test_nothing_is_made_before_it_is_needed(source):
         ),
         ({"adapters": [None]}, "adapters must be one for each of the 3 weights, got 1"),
         ({"adapters": None}, "adapters must be a sequence, got NoneType"),
+        ({"weights": None}, "weights must be a sequence, got NoneType"),
+        ({"weights": iter(())}, "weights must be a sequence, got tuple_iterator"),
+        (
+            {
+                "weights": [NF4Weight(jnp.zeros(8, jnp.uint8), jnp.zeros(1), (1, IN), jnp.dtype("float32"))]
+                * 3
+            },
+            r"weights\[0\]'s packed must be uint8 \(17,\) for a weight of shape \(1, 33\), got uint8 \(8,\)",
+        ),
         ({"adapters": [(1, 2), None, None]}, r"adapters\[0\] must be an Adapter or None, got tuple"),
         ({"biases": [[1.0], None, None]}, r"biases\[0\] must be an array, got list"),
         ({"adapter": {"first_row": 3}}, r"adapters\[0\]\.first_row must be an array, got int"),

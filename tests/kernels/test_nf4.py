@@ -354,9 +354,22 @@ def test_imports_what_bitsandbytes_stores(double_quant):
             assert_same_arrays(imported, arrays_of(q))
 
 
+def test_imports_torch_weights_of_any_storage():
+    """bfloat16 is what bitsandbytes' FSDP runs store, in a Parameter."""
+    torch = pytest.importorskip("torch")
+    q = quantize_nf4(weight((6, 128)))
+    packed = torch.from_numpy(np.array(q.packed))
+    for storage in (torch.uint8, torch.float16, torch.bfloat16, torch.float32):
+        stored = torch.nn.Parameter(
+            packed.view(storage).reshape(-1, 1), requires_grad=storage.is_floating_point
+        )
+        np.testing.assert_array_equal(NF4Weight.from_bitsandbytes(stored, state_of(q)).packed, q.packed)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     (
+        ({"dtype": "half-ish"}, "dtype must name a dtype, got 'half-ish'"),
         ({"quant_type": "fp4"}, "quant_type must be nf4, got fp4"),
         ({"blocksize": 128}, "blocksize must be 64, got 128"),
         ({"nested_blocksize": 128}, "nested_blocksize must be 256, got 128"),
@@ -447,6 +460,8 @@ def test_refuses_what_is_no_weight():
         (jnp.zeros(64), r"w must be \[out, in\], got shape \(64,\)"),
         (jnp.zeros((0, 64)), r"w must have no axis of length 0, got shape \(0, 64\)"),
         (jnp.zeros((2, 64), jnp.int8), "w must be float32, bfloat16 or float16, got int8"),
+        (np.full((2, 64), 1e300), "w must be float32, bfloat16 or float16, got float64"),
+        (None, "w must be an array, got NoneType"),
     ):
         with pytest.raises(ValueError, match=f"quantize_nf4: {message}"):
             quantize_nf4(w)

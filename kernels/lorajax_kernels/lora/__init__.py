@@ -17,7 +17,7 @@ from lorajax_kernels.lora import gradient, mosaic, triton
 from lorajax_kernels.lora.operands import Adapter
 from lorajax_kernels.lora.products import ARRANGEMENTS
 from lorajax_kernels.lora.reference import reference_lora_linears
-from lorajax_kernels.nf4 import NF4Weight
+from lorajax_kernels.nf4 import NF4Weight, check_nf4_weight
 
 __all__ = [
     "ARRANGEMENTS",
@@ -160,7 +160,6 @@ def lora_linears(
         ValueError: shapes, dtypes or options do not fit together, or the implementation is unknown or cannot
             serve.
     """
-    biases = (None,) * len(weights) if biases is None else biases
     return _linears(_LINEARS, x, weights, adapters, biases, norm, trainable_bias, arrangement, implementation)
 
 
@@ -207,16 +206,18 @@ def _linears(
     x: Array,
     weights: Sequence[gradient.Weight],
     adapters: Sequence[Adapter | None],
-    biases: Sequence[Array | None],
+    biases: Sequence[Array | None] | None,
     norm: tuple[Array, float] | None,
     trainable_bias: bool,
     arrangement: str,
     implementation: str,
 ) -> tuple[Array, ...]:
-    for name, given in (("weights", weights), ("adapters", adapters), ("biases", biases)):
+    given_biases = () if biases is None else biases
+    for name, given in (("weights", weights), ("adapters", adapters), ("biases", given_biases)):
         if not isinstance(given, Sequence):
             raise ValueError(f"{names.op}: {name} must be a sequence, got {type(given).__name__}")
-    weights, adapters, biases = tuple(weights), tuple(adapters), tuple(biases)
+    weights, adapters = tuple(weights), tuple(adapters)
+    biases = (None,) * len(weights) if biases is None else tuple(biases)
     _check(names, x, weights, adapters, biases, arrangement)
     weight, epsilon = (None, 0.0) if norm is None else _checked_norm(names.op, norm, x.shape[-1])
     options = _options(names.op, x, weights, adapters, trainable_bias, arrangement, implementation, epsilon)
@@ -308,7 +309,9 @@ def _check(
         raise ValueError(f"{op}: {names.x} must have features, got shape {x.shape}")
     for i, (weight, adapter, bias) in enumerate(zip(weights, adapters, biases, strict=True)):
         name = names.weight.format(i)
-        if not isinstance(weight, NF4Weight):
+        if isinstance(weight, NF4Weight):
+            check_nf4_weight(op, weight, name)
+        else:
             check_arrays(op, **{name: weight})
         if len(weight.shape) != 2 or weight.shape[1] != width:
             raise ValueError(

@@ -100,16 +100,29 @@ class NF4Weight:
         if len(shape) != 2:
             raise ValueError(f"from_bitsandbytes: the weight must be [out, in], got shape {shape}")
         arrays: dict[str, Any] = {
-            "packed": np.asarray(packed).reshape(-1).view(np.uint8),
+            "packed": _bytes(packed),
             "absmax": np.asarray(state["absmax"]),
         }
         if nested:
             arrays["absmax2"] = np.asarray(state["nested_absmax"])
             arrays["absmax_code"] = np.asarray(state["nested_quant_map"])
             arrays["offset"] = np.asarray(state["nested_offset"], np.float32)
-        q = cls(**arrays, shape=shape, dtype=jnp.dtype(state["dtype"]))
-        _check("from_bitsandbytes", q)
+        try:
+            dtype = jnp.dtype(state["dtype"])
+        except TypeError:
+            raise ValueError(f"from_bitsandbytes: dtype must name a dtype, got {state['dtype']!r}") from None
+        q = cls(**arrays, shape=shape, dtype=dtype)
+        check_nf4_weight("from_bitsandbytes", q)
         return q
+
+
+def _bytes(packed: Any) -> np.ndarray:
+    """Of an array of NumPy's or torch's, whose bfloat16 NumPy lacks."""
+    if hasattr(packed, "detach"):
+        import torch
+
+        packed = packed.detach().contiguous().view(torch.uint8)
+    return np.asarray(packed).reshape(-1).view(np.uint8)
 
 
 def _unpacked(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,7 +174,7 @@ def choose_nf4(
     Raises:
         ValueError: as in dequantize_nf4.
     """
-    _check("dequantize_nf4", q)
+    check_nf4_weight("dequantize_nf4", q)
     problem = Problem(q.shape, _output_dtype(q, dtype))
     return choose("dequantize_nf4", _IMPLEMENTATIONS, problem, implementation=implementation, device=device)
 
@@ -175,13 +188,14 @@ def quantize_nf4(w: Float[Array, "out in"], double_quant: bool = False) -> NF4We
             be 2 ulp from bitsandbytes', whose sum is as inexact; given the offset, all else is equal.
 
     Raises:
-        ValueError: w is not [out, in], is empty, or has another dtype.
+        ValueError: w is no array [out, in], is empty, or has another dtype.
     """
-    w = jnp.asarray(w)
+    check_arrays("quantize_nf4", w=w)
     if w.ndim != 2:
         raise ValueError(f"quantize_nf4: w must be [out, in], got shape {w.shape}")
     check_not_empty("quantize_nf4", w=w)
     check_dtype("quantize_nf4", "float32, bfloat16 or float16", w=w)
+    w = jnp.asarray(w)
     out_features, in_features = w.shape
     return NF4Weight(**xla_quantize(w, double_quant), shape=(out_features, in_features), dtype=w.dtype)
 
@@ -220,7 +234,7 @@ def nf4_linear(
     Raises:
         ValueError: x does not fit q, or as in dequantize_nf4.
     """
-    _check("nf4_linear", q)
+    check_nf4_weight("nf4_linear", q)
     check_arrays("nf4_linear", x=x)
     if x.ndim < 1 or x.shape[-1] != q.shape[1]:
         raise ValueError(f"nf4_linear: x must be [..., in={q.shape[1]}] to fit q, got shape {x.shape}")
@@ -265,12 +279,12 @@ def _output_dtype(q: NF4Weight, dtype: Any) -> jnp.dtype:
     return dtype
 
 
-def _check(op: str, q: NF4Weight) -> None:
+def check_nf4_weight(op: str, q: NF4Weight, name: str = "q") -> None:
     """Raise unless it is an NF4Weight whose arrays fit its shape and one another."""
     if not isinstance(q, NF4Weight):
-        raise ValueError(f"{op}: q must be an NF4Weight, got {type(q).__name__}")
+        raise ValueError(f"{op}: {name} must be an NF4Weight, got {type(q).__name__}")
     if len(q.shape) != 2:
-        raise ValueError(f"{op}: q must be of a weight [out, in], got one of shape {q.shape}")
+        raise ValueError(f"{op}: {name} must be of a weight [out, in], got one of shape {q.shape}")
     size = math.prod(q.shape)
     blocks = -(-size // BLOCK)
     expected: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -284,9 +298,10 @@ def _check(op: str, q: NF4Weight) -> None:
             "absmax_code": (jnp.float32, DYNAMIC_CODE.shape),
             "offset": (jnp.float32, ()),
         }
-    for name, (dtype, shape) in expected.items():
-        array = getattr(q, name)
+    owner = "" if name == "q" else f"{name}'s "
+    for part, (dtype, shape) in expected.items():
+        array = getattr(q, part)
         if array is None or array.dtype != dtype or array.shape != shape:
             found = "None" if array is None else f"{array.dtype} {array.shape}"
             wanted = f"{jnp.dtype(dtype)} {shape} for a weight of shape {q.shape}"
-            raise ValueError(f"{op}: {name} must be {wanted}, got {found}")
+            raise ValueError(f"{op}: {owner}{part} must be {wanted}, got {found}")
