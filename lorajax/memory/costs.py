@@ -94,6 +94,7 @@ class Workload:
         rows, length: of a micro-batch, in tokens.
         context: tokens of the document that a token is in, on average: attention costs by them.
         attention: bytes a token that the backward pass of attention holds for more than two segments a row.
+        outside: number of trainable parameters that are in no layer, such as a trained head.
     """
 
     options: DecoderOptions
@@ -105,6 +106,12 @@ class Workload:
     length: int
     context: int
     attention: int = 0
+    outside: int = 0
+
+    @property
+    def layers_gradient(self) -> int:
+        """Bytes of all layers' gradients, which alone can travel."""
+        return 4 * (self.trainable - self.outside)
 
     @property
     def tokens(self) -> int:
@@ -306,7 +313,15 @@ class Costs:
 
 
 def workload(
-    model: Decoder, *, weights: int, trainable: int, rows: int, length: int, context: int, attention: int = 0
+    model: Decoder,
+    *,
+    weights: int,
+    trainable: int,
+    rows: int,
+    length: int,
+    context: int,
+    attention: int = 0,
+    outside: int = 0,
 ) -> Workload:
     """Of a model, whose arrays may be abstract; see Workload."""
     ranks: dict[str, int] = {}
@@ -324,6 +339,7 @@ def workload(
         length=length,
         context=min(context, length),
         attention=attention,
+        outside=outside,
     )
 
 

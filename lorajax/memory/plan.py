@@ -41,6 +41,9 @@ _GIB = 2**30
 _WORTH = 0.02
 # Layouts that are compiled for a plan, at most, once one fits.
 _MOST_COMPILED = 3
+# By what share of the budget the smallest option may be over it, by its estimate, and is compiled nonetheless
+# before a run is refused.
+_DOUBT = 0.1
 # AdamW keeps two moments of each trainable parameter.
 _MOMENTS = 2
 
@@ -74,6 +77,7 @@ def problem_of(
     offloads: bool,
     context: int | None = None,
     attention: int = 0,
+    answering: int = 0,
 ) -> Problem:
     """What a run has to be planned for.
 
@@ -84,12 +88,14 @@ def problem_of(
         offloads: whether activations can go to host memory.
         context: tokens of the document that a token is in, on average; None: a whole row.
         attention: see Workload.
+        answering: see Problem.
     """
     train, length = config.train, config.data.max_length
     trained = LoRAParam if train.mode == "lora" else nnx.Param
     _, trainable, frozen = nnx.split(model, trained, ...)  # type: ignore[misc]
     count = sum(leaf.size for leaf in _leaves(trainable))
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in _leaves(frozen))
+    in_layers = sum(leaf.size for layer in model.layers for leaf in _leaves(nnx.state(layer, trained)))
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
     batch = BATCH_BYTES * rows * length
     return Problem(
@@ -101,6 +107,7 @@ def problem_of(
             length=length,
             context=length if context is None else context,
             attention=attention,
+            outside=count - in_layers,
         ),
         rates=rates,
         rows=rows,
@@ -109,6 +116,7 @@ def problem_of(
         micro_batches=micro_batch_counts(rows),
         mlp_chunks=config.memory.mlp_chunks,
         evaluation=functools.partial(_evaluation_bytes, model) if evaluates(config) else None,
+        answering=answering,
     )
 
 
@@ -447,6 +455,9 @@ def settle(plan: Plan, compiled: Callable[[Layout], tuple[T, Memory]]) -> tuple[
             return accepted(plan), program
         if plan.fits(plan.chosen) and (best is None or plan.chosen.seconds < best.seconds):
             best, programs = plan.chosen, {plan.chosen.layout: program}
+        if not any(map(plan.fits, plan.options)) and (doubtful := _doubtful(plan)) is not None:
+            plan = replace(plan, chosen=doubtful)
+            continue
         plan = choose_again(plan)
         if best is not None and (
             len(plan.sizes) >= _MOST_COMPILED or plan.chosen.seconds > (1 - _WORTH) * best.seconds
@@ -454,9 +465,18 @@ def settle(plan: Plan, compiled: Callable[[Layout], tuple[T, Memory]]) -> tuple[
             return replace(plan, chosen=best), programs[best.layout]
 
 
+def _doubtful(plan: Plan) -> Estimate | None:
+    """The smallest option that may yet fit: it is not compiled, and over the budget by less than estimates
+    are off."""
+    most = (1 + _DOUBT) * plan.budget
+    uncompiled = (option for option in plan.options if option.layout not in plan.sizes)
+    near = [option for option in uncompiled if plan.size(option) <= most and option.host <= plan.host_budget]
+    return min(near, key=plan.size, default=None) if len(plan.sizes) < _MOST_COMPILED else None
+
+
 def describe(policy: Policy) -> dict[str, str]:
     """ "saved", "offloaded", "recomputed" -> names of activations, and in how many layers."""
-    layers = len(policy.layers)
+    policy, layers = policy.as_run, len(policy.layers)
     if policy.keeps_everything:
         return {"saved": "every activation"}
     words: dict[str, list[str]] = {"saved": [], "offloaded": [], "recomputed": []}
@@ -478,6 +498,7 @@ def summary(layout: Layout) -> str:
         return f"{summary(layout._replace(mlp_chunks=1))}, MLP {_in_parts(layout)}"
     if not isinstance(policy, Policy):
         return str(policy)
+    policy = policy.as_run
     if policy.keeps_everything:
         return "everything"
     names = [name for name in ACTIVATIONS if name not in ("lora_hidden", "attention_lse")]

@@ -97,6 +97,7 @@ class Problem:
         mlp_chunks: parts of its tokens that an MLP takes one after the other, where that is not to be chosen.
         evaluation: (layout, tokens of a row) -> bytes that an evaluation takes beside weights and state;
             None: there is none.
+        answering: bytes that an answer to one of the sample prompts takes beside weights and state.
     """
 
     workload: Callable[[int], Workload]
@@ -107,6 +108,7 @@ class Problem:
     micro_batches: Sequence[int]
     mlp_chunks: int | None = None
     evaluation: Callable[[Layout, int], int] | None = None
+    answering: int = 0
 
     @property
     def length(self) -> int:
@@ -180,7 +182,7 @@ def estimate(problem: Problem, layout: Layout) -> Estimate:
     policy = Policy.of(layout.checkpointing, layers)
     if (
         layout.checkpointing == "offload"
-        and 4 * work.trainable > layers * work.activation_bytes["block_input"]
+        and work.layers_gradient > layers * work.activation_bytes["block_input"]
     ):
         policy = policy.with_gradients(away=False)
     if layout.mlp_chunks > 1:
@@ -265,18 +267,20 @@ def _estimate(problem: Problem, costs: Costs, layout: Layout) -> Estimate:
         late = max(0.0, copies - forward) + max(0.0, copies - backward)
     step = forward + backward + late + COPY_COST * copies
     step += (layout.mlp_chunks - 1) * costs.mlp_weights * len(policy.layers)
-    waiting = 4 * work.trainable * sum(layer.gradient_away for layer in policy.layers) / len(policy.layers)
+    waiting = work.layers_gradient * sum(layer.gradient_away for layer in policy.layers) / len(policy.layers)
     # They come back behind the first layer, as far as there is room for them.
     alone = max(0.0, waiting - policy.copy_span * max(travelling))
     step += 2 * COPY_COST * costs.copied(waiting) + costs.copied(alone)
     seconds = micro_batches * (step + costs.micro_batch) + costs.update
-    one = 4 * work.trainable // len(saved)
+    one = work.layers_gradient // len(saved)
     here = [0 if layer.gradient_away else one for layer in policy.layers]
     away = [one if layer.gradient_away else 0 for layer in policy.layers]
     activations, made = _activations_and_gradients(saved, travelling, here, policy.copy_span)
     # Of gradients in host memory too, what they sum up to over micro-batches stays on the GPU.
     sums = 4 * work.trainable if micro_batches > 1 else 0
-    workspace = _workspace(work, policy, layout.mlp_chunks) + made + sums
+    workspace = _workspace(work, policy, layout.mlp_chunks) + made + sums + 4 * work.outside
+    # The update has all gradients on the GPU, those that waited in host memory too.
+    workspace = max(workspace, 4 * work.trainable - activations)
     device = Breakdown(*problem.fixed, activations, int(workspace))
     return Estimate(layout, micro_batches, seconds, device, _host(travelling, away))
 

@@ -158,6 +158,14 @@ class Policy:
         return replace(self, layers=tuple(replace(layer, gradient_away=away) for layer in self.layers))
 
     @property
+    def as_run(self) -> Policy:
+        """What the loop makes of it: nothing of the last layer leaves the GPU, nor does the first's gradient,
+        which nothing follows that it could travel beside."""
+        *others, last = self.layers
+        first, *others = *others, LayerPolicy(last.saved | last.offloaded, gradient_away=last.gradient_away)
+        return replace(self, layers=(replace(first, gradient_away=False), *others))
+
+    @property
     def keeps_everything(self) -> bool:
         return all(layer == EVERYTHING for layer in self.layers)
 

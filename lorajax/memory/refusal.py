@@ -274,9 +274,12 @@ def _corrections(plan: Plan, problem: Problem | None = None) -> Callable[[Estima
 
 
 def _grown(plan: Plan, problem: Problem | None, option: Estimate, step: int, away: float = 1.0) -> Estimate:
-    """An option whose step takes so many bytes, as large as what a run of it needs, evaluations included."""
-    evaluation = 0 if problem is None else sum(option.device[:3]) + problem.evaluating(option.layout)
-    return option.corrected(_with_margin(plan, max(step, evaluation)) - option.device.total, away)
+    """An option whose step takes so many bytes, as large as what a run of it needs, evaluations and answers
+    included."""
+    if problem is not None:
+        beside = max(problem.evaluating(option.layout), problem.answering)
+        step = max(step, sum(option.device[:3]) + beside)
+    return option.corrected(_with_margin(plan, step) - option.device.total, away)
 
 
 def _with_margin(plan: Plan, size: int) -> int:

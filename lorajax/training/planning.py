@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,7 +15,7 @@ from lorajax_kernels import choose_attention
 from lorajax_kernels.attention.cudnn import workspace_bytes
 from lorajax_kernels.device import Device, current_device
 
-from lorajax.config import Config, OutputConfig, parse_size, validate
+from lorajax.config import Config, OutputConfig, load_config, parse_size, validate
 from lorajax.data import chat_template, check_length, load_tokenizer
 from lorajax.errors import UserError
 from lorajax.generation import Answering, answering_memory, bucket, power_of_two
@@ -66,7 +67,7 @@ _HOST_ELSEWHERE = 64 * 2**30
 
 
 def plan_memory(
-    config: Config,
+    config: Config | str | os.PathLike[str],
     device: str = "auto",
     *,
     compiles: bool = True,
@@ -75,7 +76,8 @@ def plan_memory(
     """Plan a run's memory without its weights or data.
 
     Args:
-        config: the run's; of the model its configuration alone is read, and its tokenizer if that is here.
+        config: the run's, or the path of its YAML file; of the model its configuration alone is read, and its
+            tokenizer if that is here.
         device: "auto": the GPU at hand, as a run in this process would have it; or a name of
             lorajax.memory.targets, which need not be here.
         compiles: compile the step that is chosen, to know what it takes; otherwise estimate it.
@@ -85,6 +87,8 @@ def plan_memory(
         UserError: something that the run does does not fit, or nothing would; the device is unknown, there is
             no GPU at hand, or JAX' CUDA plugin, which compiles for a GPU that is not here, is not installed.
     """
+    if not isinstance(config, Config):
+        config = load_config(config)
     validate(config)
     if device != "auto":
         return _plan_elsewhere(config, find_target(device), compiles, estimated)
@@ -129,6 +133,7 @@ def _plan_elsewhere(
             rates=target.rates,
             offloads=True,
             attention=_attention_bytes(config, model, target.device),
+            answering=_answering_bytes(config.output, model),
         ),
         config,
         device=target.device,
@@ -221,14 +226,17 @@ def _estimated_answers(plan: Plan, output: OutputConfig, model: Decoder) -> tupl
     """As plan_answers, where there is no tokenizer, or nothing is to be compiled."""
     if not output.sample_prompts:
         return plan, ANSWERED_AT_ONCE
+    return _answered(plan, output, functools.partial(_answering_bytes, output, model))
 
-    def taken(at_once: int) -> int:
-        rows, prompt, new = _answering(output, at_once)
-        return answering_bytes(
-            model.options, itemsize=model.dtype.itemsize, rows=rows, prompt=bucket(prompt), new=bucket(new)
-        )
 
-    return _answered(plan, output, taken)
+def _answering_bytes(output: OutputConfig, model: Decoder, at_once: int = 1) -> int:
+    """Estimated, of so many of output.sample_prompts, beside weights and state; 0 without any."""
+    if not output.sample_prompts:
+        return 0
+    rows, prompt, new = _answering(output, at_once)
+    return answering_bytes(
+        model.options, itemsize=model.dtype.itemsize, rows=rows, prompt=bucket(prompt), new=bucket(new)
+    )
 
 
 def _answering(output: OutputConfig, at_once: int) -> Answering:
@@ -340,6 +348,7 @@ def _planned_for(budget: int, run: R, model: Decoder) -> tuple[Plan, R]:
         offloads=offloads(),
         context=run.context,
         attention=_attention_bytes(config, model, device),
+        answering=_answering_bytes(config.output, model),
     )
     plan = make_plan(
         problem,

@@ -21,7 +21,7 @@ from lorajax.lora.adapter import outline_lora
 from lorajax.lora.config import LoRAConfig
 from lorajax.memory.analysis import Memory
 from lorajax.memory.costs import Costs, Rates, workload
-from lorajax.memory.plan import Plan, accepted, choose_again, describe, front, settle, thinned
+from lorajax.memory.plan import Plan, accepted, choose_again, describe, front, settle, summary, thinned
 from lorajax.memory.planner import LEAST_CHUNK, estimate, estimates, micro_batch_counts, unbeaten
 from lorajax.memory.policy import ACTIVATIONS, LayerPolicy, Layout, Policy
 from lorajax.memory.refusal import refusal
@@ -157,6 +157,19 @@ def test_gradients_on_the_host_are_counted_there(problem):
     here, there = (estimate(few, Layout(1, kept)) for kept in ({"block_input": "offload"}, AWAY))
     # It is larger: when all inputs are back, those of all layers but the first are there.
     assert there.host == gradients // 32 * 31 > here.host
+
+
+@pytest.mark.parametrize("outside", [0, 10**8])
+def test_an_update_has_all_gradients_on_the_gpu(outside, problem):
+    """Also those that waited in host memory, where those of embeddings and head never go."""
+    some = problem("8b", rows=1, length=128)
+    trainable = 4 * some.workload(1).trainable + outside
+    work = dataclasses.replace(some.workload(1), trainable=trainable, outside=outside)
+    some = dataclasses.replace(some, workload=lambda rows: work)
+    found = estimate(some, Layout(1, AWAY))
+    assert found.device.total >= sum(some.fixed) + 4 * trainable
+    # All layers' but the first's.
+    assert found.host == 4 * (trainable - outside) // 32 * 31
 
 
 @pytest.mark.parametrize("rows, away", [(1, False), (2, False), (4, True)])
@@ -332,6 +345,31 @@ def test_a_plan_settles_on_a_layout_that_fits_and_leaves_little(plan_of, error, 
     assert best / settled.chosen.seconds >= least
 
 
+def test_the_smallest_layout_is_compiled_before_a_run_is_refused(plan_of):
+    """What the first was off by need not hold for it."""
+    options = plan_of("1b", rows=8, length=2048, budget=8).options
+    smallest = min(options, key=lambda option: option.device.total)
+    budget = int(1.05 * smallest.device.total)
+    first = next(
+        each
+        for each in options
+        if smallest.device.total < each.device.total <= budget and each.layout.rows == smallest.layout.rows
+    )
+    plan = plan_of("1b", rows=8, length=2048, budget=8)
+    plan = dataclasses.replace(plan, options=[first, smallest], chosen=first, budget=budget)
+
+    def settled(others):
+        """With what each takes more than is estimated, in shares of the budget: the first, the smallest."""
+        more = dict(zip((first.layout, smallest.layout), others, strict=True))
+        sizes = {each.layout: each.device.total + int(more[each.layout] * budget) for each in plan.options}
+        return settle(plan, lambda layout: (layout, Memory(sizes[layout], 0, 0)))[1]
+
+    assert settled((0.08, 0.0)) == smallest.layout
+    for others in ((0.08, 0.08), (0.3, 0.0)):  # the second is so far off that nothing is tried
+        with pytest.raises(UserError, match="nothing fits"):
+            settled(others)
+
+
 def test_a_named_layout_is_compiled_once_and_refused_if_it_does_not_fit(plan_of):
     asked = plan_of("1b", rows=8, length=2048, budget=8, asked="none")
     settled, _ = settle(asked, lambda layout: (None, Memory(7 * GIB, 0, 0)))
@@ -478,6 +516,13 @@ def test_no_more_memory_is_offered_than_there_is(plan_of):
     assert "--memory.budget" not in refusal(less) and "--data.max_length 512" in refusal(less)
 
 
+def test_what_is_offered_has_room_for_an_answer(problem, plan_of):
+    plan = plan_of("1b", rows=1, length=64, budget=2.8)
+    with_answers = dataclasses.replace(plan, problem=dataclasses.replace(plan.problem, answering=GIB))
+    for size, *_ in offered(refusal(with_answers)):
+        assert size >= with_margin(plan.fixed + GIB) / GIB - 0.006
+
+
 def test_a_refusal_without_a_budget_blames_the_gpu(plan_of):
     plan, small = plan_of("1b", rows=8, length=2048, budget=8), int(2.6 * GIB)
     least = dataclasses.replace(plan, budget=small, host_budget=0, ceilings=(small, 0), advice="A.")
@@ -550,6 +595,15 @@ def test_activations_are_described_by_what_becomes_of_them():
     assert found["offloaded"] == "block_input (2 of 3 layers)"
     assert found["recomputed"].startswith("query, key, value, attention_output")
     assert describe(Policy.of("none", 2)) == {"saved": "every activation"}
+
+
+def test_a_table_tells_what_the_last_and_the_first_layer_keep():
+    found = describe(Policy.of("offload", 3))
+    assert found["saved"] == "block_input (1 of 3 layers), lora_hidden (1 of 3 layers)"
+    assert found["offloaded"] == "block_input (2 of 3 layers), gradient"
+    assert summary(Layout(1, Policy.of("offload", 3))).endswith("offloaded: block_input 2, gradient 2")
+    assert describe(Policy.of("offload", 1))["saved"] == "block_input, lora_hidden"
+    assert "offloaded" not in describe(Policy.of("offload", 1))
 
 
 def test_a_thinned_frontier_keeps_its_ends(problem):

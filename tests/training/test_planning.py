@@ -8,9 +8,10 @@ import sys
 
 import jax
 import pytest
+import yaml
 from flax import nnx
 
-from lorajax.config import OutputConfig, load_config
+from lorajax.config import OutputConfig, as_plain, load_config
 from lorajax.errors import UserError
 from lorajax.memory.analysis import Memory, gib
 from lorajax.memory.costs import Rates
@@ -109,6 +110,8 @@ def test_what_stays_is_counted_to_the_byte(mode, config_of, llama_folder):
     assert adapters == sum(leaf.nbytes for leaf in trainable.values()) > 0
     batch = 5 * 4 * 3 * 64  # tokens, targets, positions, segments, weights
     assert optimizer == 2 * adapters + batch
+    outside = [leaf.size for path, leaf in trainable.items() if "layers" not in path]
+    assert problem.workload(1).outside == sum(outside) and bool(outside) == full
 
 
 @pytest.mark.parametrize("context", [None, 100])
@@ -211,6 +214,15 @@ def test_a_plan_claims_the_memory_that_a_run_claims(config_of, calls, monkeypatc
 def test_a_plan_for_another_gpu_claims_nothing(config_of, calls):
     planning.plan_memory(config_of(), "l4", compiles=False)
     assert calls == ["outline"]
+
+
+def test_a_plan_is_made_of_a_yaml_file(config_of, calls, tmp_path):
+    config = config_of(output__sample_prompts='["how much?"]')
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(as_plain(config)))
+    plan = planning.plan_memory(tmp_path / "run.yaml", "l4", compiles=False)
+    assert plan.chosen == planning.plan_memory(config, "l4", compiles=False).chosen
+    # What an answer takes is known to what is offered in place of a budget that is too small.
+    assert plan.others["generation"] == plan.fixed + plan.problem.answering
 
 
 def test_evaluation_and_answers_are_in_the_plan_of_the_gpu_itself(config_of, calls, monkeypatch):
