@@ -23,7 +23,7 @@ from lorajax.lora.config import LoRAConfig
 from lorajax.models import FAMILIES
 from lorajax.models.decoder import Decoder, DecoderOptions, LoRAParam
 from lorajax.models.export import save_merged
-from lorajax.models.folder import read_config, resolve
+from lorajax.models.folder import read_config, read_number, resolve
 from lorajax.models.gguf import open_gguf
 from lorajax.models.names import hf_name
 from lorajax.models.safetensors import open_folder
@@ -136,7 +136,7 @@ def initialise(
         UserError: as `load`.
     """
     model = outline(path, dtype=dtype, param_dtype=param_dtype, attention=attention)
-    deviation = json.loads(model.hf_config).get("initializer_range", 0.02)
+    deviation = read_number(json.loads(model.hf_config), "initializer_range", 0.02, or_zero=True)
     sharding = replicated(data_mesh())
     leaves = {}
     for index, (leaf, abstract) in enumerate(_leaves(model).items()):
@@ -194,7 +194,7 @@ def _outline(
 
 def _options(place: Path, hf_config: dict[str, Any]) -> tuple[str, DecoderOptions]:
     family = hf_config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UserError(f"{place}: model_type {family!r} is not supported; supported: {known}")
     if quantization := hf_config.get("quantization_config"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], tuple[int, ...]]:
     """config.json, and the EOS token ids that it and generation_config.json name.
 
     Raises:
-        UserError: there is no config.json (an adapter's folder is told apart), or a file is not JSON.
+        UserError: there is no config.json (an adapter's folder is told apart), a file is not JSON, or an EOS
+            token id is no whole number.
     """
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
@@ -78,14 +80,19 @@ def read_config(folder: Path) -> tuple[dict[str, Any], tuple[int, ...]]:
             )
         raise UserError(f"{folder}: no config.json; a model's folder holds config.json and safetensors")
     hf_config = read_json(folder / "config.json")
-    generation = {}
-    if (folder / "generation_config.json").is_file():
-        generation = read_json(folder / "generation_config.json")
-    ids: list[int] = []
-    for where in (hf_config, generation):
-        named = where.get("eos_token_id")
-        ids += named if isinstance(named, list) else [] if named is None else [named]
+    ids = _eos_token_ids(folder / "config.json", hf_config)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        ids = (*ids, *_eos_token_ids(generation, read_json(generation)))
     return hf_config, tuple(dict.fromkeys(ids))
+
+
+def _eos_token_ids(file: Path, fields: dict[str, Any]) -> tuple[int, ...]:
+    named = fields.get("eos_token_id")
+    ids = tuple(named) if isinstance(named, list) else () if named is None else (named,)
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise UserError(f"{file}: eos_token_id must be a whole number or a list of them, not {named!r}")
+    return ids
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -103,6 +110,38 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file}: must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def read_size(fields: dict[str, Any], key: str, default: int) -> int:
+    """A whole number of at least 1 in config.json; missing or null: the default.
+
+    Raises:
+        UserError: it is something else; so too from read_number and read_flag.
+    """
+    value = fields.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"config.json: {key} must be a whole number of at least 1, not {value!r}")
+    return value
+
+
+def read_number(fields: dict[str, Any], key: str, default: float, *, or_zero: bool = False) -> float:
+    """A finite number above 0, or from 0 on, in config.json; missing or null: the default."""
+    value = fields.get(key)
+    value = default if value is None else value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= sys.float_info.max or (value == 0 and not or_zero):
+        least = "of at least" if or_zero else "above"
+        raise UserError(f"config.json: {key} must be a number {least} 0, not {value!r}")
+    return float(value)
+
+
+def read_flag(fields: dict[str, Any], key: str) -> bool:
+    """true or false in config.json; missing or null: false."""
+    value = fields.get(key)
+    if not isinstance(value, bool | None):
+        raise UserError(f"config.json: {key} must be true or false, not {value!r}")
+    return bool(value)
 
 
 def why_no_safetensors(folder: Path) -> str:

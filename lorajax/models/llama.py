@@ -4,6 +4,7 @@ from typing import Any
 
 from lorajax.errors import UserError
 from lorajax.models.decoder import GATES, DecoderOptions
+from lorajax.models.folder import read_flag, read_number, read_size
 from lorajax.models.rope import ROPE_TYPES, RopeOptions
 
 # Tree path -> Hugging Face name, both without the leaf (weight, bias): for import, PEFT and merging alike.
@@ -27,57 +28,53 @@ def options(hf_config: dict[str, Any]) -> DecoderOptions:
     """Decoder options from the contents of config.json; defaults are those of transformers' LlamaConfig.
 
     Raises:
-        UserError: an option that the decoder does not have.
+        UserError: an option that the decoder does not have, or a value of the wrong type or out of range.
     """
     activation = hf_config.get("hidden_act", "silu")
-    if activation not in GATES:
+    if not isinstance(activation, str) or activation not in GATES:
         raise UserError(f"config.json: hidden_act {activation!r} is not one of {', '.join(GATES)}")
-    heads = _size(hf_config, "num_attention_heads", 32)
-    kv_heads = _size(hf_config, "num_key_value_heads", heads)
+    heads = read_size(hf_config, "num_attention_heads", 32)
+    kv_heads = read_size(hf_config, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise UserError(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
-    hidden = _size(hf_config, "hidden_size", 4096)
-    head_dim = _size(hf_config, "head_dim", hidden // heads)
+    hidden = read_size(hf_config, "hidden_size", 4096)
+    head_dim = read_size(hf_config, "head_dim", hidden // heads)
     if head_dim % 2:
         raise UserError(f"config.json: head_dim {head_dim} is odd, but RoPE rotates pairs")
-    attention_bias = hf_config.get("attention_bias", False)
-    max_position = _size(hf_config, "max_position_embeddings", 2048)
+    attention_bias = read_flag(hf_config, "attention_bias")
+    max_position = read_size(hf_config, "max_position_embeddings", 2048)
     return DecoderOptions(
-        vocab_size=_size(hf_config, "vocab_size", 32000),
+        vocab_size=read_size(hf_config, "vocab_size", 32000),
         hidden_size=hidden,
-        intermediate_size=_size(hf_config, "intermediate_size", 11008),
-        num_layers=_size(hf_config, "num_hidden_layers", 32),
+        intermediate_size=read_size(hf_config, "intermediate_size", 11008),
+        num_layers=read_size(hf_config, "num_hidden_layers", 32),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_position=max_position,
-        norm_epsilon=hf_config.get("rms_norm_eps", 1e-6),
+        norm_epsilon=read_number(hf_config, "rms_norm_eps", 1e-6, or_zero=True),
         activation=activation,
-        tie_embeddings=hf_config.get("tie_word_embeddings", False),
+        tie_embeddings=read_flag(hf_config, "tie_word_embeddings"),
         qkv_bias=attention_bias,
         output_bias=attention_bias,
-        mlp_bias=hf_config.get("mlp_bias", False),
+        mlp_bias=read_flag(hf_config, "mlp_bias"),
         rope=rope_options(hf_config, max_position),
     )
-
-
-def _size(hf_config: dict[str, Any], key: str, default: int) -> int:
-    value = hf_config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"config.json: {key} must be a whole number of at least 1, not {value!r}")
-    return value
 
 
 def rope_options(hf_config: dict[str, Any], max_position: int) -> RopeOptions:
     """Read both spellings: `rope_parameters` (transformers 5), and `rope_theta` beside `rope_scaling`.
 
     Raises:
-        UserError: a kind of scaling that is not in ROPE_TYPES, or one whose numbers are missing.
+        UserError: a kind of scaling that is not in ROPE_TYPES, or one whose numbers are missing or make no
+            sense.
     """
-    scaling = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
+    place = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
+    scaling = hf_config.get(place) or {}
+    if not isinstance(scaling, dict):
+        raise UserError(f"config.json: {place} must be an object with a rope_type, not {scaling!r}")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise UserError(f"config.json: RoPE scaling {kind!r} is not one of {', '.join(ROPE_TYPES)}")
@@ -86,20 +83,22 @@ def rope_options(hf_config: dict[str, Any], max_position: int) -> RopeOptions:
         raise UserError(f"config.json: partial_rotary_factor {partial} is not supported; only 1.0 is")
     needed = {"linear": ["factor"], "dynamic": ["factor"]}
     needed["llama3"] = ["factor", "low_freq_factor", "high_freq_factor"]
-    missing = [name for name in needed.get(kind, []) if name not in scaling]
+    missing = [name for name in needed.get(kind, []) if scaling.get(name) is None]
     if missing:
         raise UserError(f"config.json: RoPE scaling {kind!r} needs {', '.join(missing)}")
-    theta = scaling.get("rope_theta", hf_config.get("rope_theta")) or 10000.0
-    original = max_position
+    low, high = read_number(scaling, "low_freq_factor", 1.0), read_number(scaling, "high_freq_factor", 4.0)
+    original: float = max_position
     if kind == "llama3":
-        stored = scaling.get("original_max_position_embeddings")
-        original = hf_config.get("original_max_position_embeddings") or stored or max_position
+        if high <= low:
+            raise UserError(f"config.json: high_freq_factor {high} must be above low_freq_factor {low}")
+        key = "original_max_position_embeddings"
+        original = read_number(hf_config, key, read_number(scaling, key, max_position))
     return RopeOptions(
-        theta=float(theta),
+        theta=read_number(scaling, "rope_theta", read_number(hf_config, "rope_theta", 10000.0)),
         type=kind,
-        factor=float(scaling.get("factor", 1.0)),
-        low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
+        factor=read_number(scaling, "factor", 1.0),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_max_position=int(original),
         divisors=tuple(float(d) for d in hf_config.get("rope_divisors", ())),
     )

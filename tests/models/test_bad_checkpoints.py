@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 from lorajax.errors import UserError
 from lorajax.models.checkpoint import initialise, load, outline, resolve
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
 
 def refused(path: str | Path, *parts: str, **arguments) -> str:
     """Load, and check that the error has all these parts."""
@@ -159,9 +161,12 @@ def test_a_damaged_config(text, part, write_llama, tmp_path):
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama"),
         ({"model_type": None}, "model_type None is not supported; supported: llama"),
+        ({"model_type": ["llama"]}, "model_type ['llama'] is not supported; supported: llama"),
         ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantized (gptq)"),
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not one of silu"),
+        ({"hidden_act": ["silu"]}, "hidden_act ['silu'] is not one of silu"),
         ({"hidden_size": "32"}, "hidden_size must be a whole number of at least 1, not '32'"),
+        ({"num_key_value_heads": True}, "num_key_value_heads must be a whole number of at least 1, not True"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number of at least 1, not 0"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
@@ -171,6 +176,31 @@ def test_a_damaged_config(text, part, write_llama, tmp_path):
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
             "RoPE scaling 'llama3' needs high_freq_factor",
         ),
+        (
+            {"rope_scaling": LLAMA3 | {"high_freq_factor": 1}},
+            "high_freq_factor 1.0 must be above low_freq_factor 1.0",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": "8192"}},
+            "original_max_position_embeddings must be a number above 0, not '8192'",
+        ),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object with a rope_type, not 'linear'"),
+        ({"rope_scaling": [1]}, "rope_scaling must be an object with a rope_type, not [1]"),
+        ({"rope_parameters": "x"}, "rope_parameters must be an object with a rope_type, not 'x'"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "RoPE scaling ['linear'] is not one of default"),
+        ({"rope_scaling": {"type": "linear", "factor": None}}, "RoPE scaling 'linear' needs factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "two"}}, "factor must be a number above 0, not 'two'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 0}}, "factor must be a number above 0, not 0"),
+        ({"rope_theta": "x"}, "rope_theta must be a number above 0, not 'x'"),
+        ({"rope_parameters": {"rope_theta": -5}}, "rope_theta must be a number above 0, not -5"),
+        ({"rope_theta": float("inf")}, "rope_theta must be a number above 0, not inf"),
+        ({"rms_norm_eps": "a"}, "rms_norm_eps must be a number of at least 0, not 'a'"),
+        ({"rms_norm_eps": True}, "rms_norm_eps must be a number of at least 0, not True"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, not 'false'"),
+        ({"attention_bias": 1}, "attention_bias must be true or false, not 1"),
+        ({"eos_token_id": "</s>"}, "eos_token_id must be a whole number or a list of them, not '</s>'"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id must be a whole number or a list of them, not {'a': 1}"),
+        ({"eos_token_id": [[1]]}, "eos_token_id must be a whole number or a list of them, not [[1]]"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -180,6 +210,18 @@ def test_a_config_that_is_not_supported(config, part, write_llama, tmp_path):
     original = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(original | config))
     refused(folder, str(folder), part)
+
+
+def test_a_damaged_generation_config(write_llama, tmp_path):
+    folder = write_llama(tmp_path)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, "</s>"]}')
+    refused(folder, f"{folder}/generation_config.json: eos_token_id must be a whole number or a list of them")
+
+
+def test_random_weights_of_no_range(write_llama, tmp_path):
+    folder = write_llama(tmp_path, initializer_range="small")
+    with pytest.raises(UserError, match="initializer_range must be a number of at least 0, not 'small'"):
+        initialise(folder, seed=0)
 
 
 @pytest.mark.parametrize(

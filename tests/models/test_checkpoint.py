@@ -115,6 +115,29 @@ def test_eos_tokens(config, generation, expected, write_llama, tmp_path):
     assert load(folder).eos_token_ids == outline(folder).eos_token_ids == expected
 
 
+LINEAR = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "same"),
+    [
+        ({"rope_scaling": None, "rope_parameters": None}, {}),
+        ({"rope_scaling": {}, "rope_theta": 10000}, {}),
+        ({"rope_scaling": {"type": "default", "factor": None}}, {}),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}, "rope_theta": None}, {}),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 500}}, LINEAR),
+        ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 500}, LINEAR),
+        ({"attention_bias": None, "mlp_bias": False, "tie_word_embeddings": None}, {}),
+        ({"head_dim": None, "num_key_value_heads": None}, {"head_dim": 8, "num_key_value_heads": 4}),
+        ({"rms_norm_eps": None}, {"rms_norm_eps": 1e-6}),
+        ({"rms_norm_eps": 0}, {"rms_norm_eps": 0.0}),
+    ],
+)
+def test_spellings_of_one_config(config, same, write_outline, tmp_path):
+    found, expected = write_outline(tmp_path / "found", **config), write_outline(tmp_path / "same", **same)
+    assert outline(found).options == outline(expected).options
+
+
 def test_what_the_model_knows_of_its_checkpoint(write_llama, tmp_path):
     folder = write_llama(tmp_path)
     model = load(str(folder), attention="reference")
