@@ -59,10 +59,16 @@ def model_source(arguments: argparse.Namespace) -> ModelSource:
     """The model that the arguments name; what they give wins over what a run's config says.
 
     Raises:
-        UserError: a run's config cannot be read, or the run has written no model yet.
+        UserError: a run's config cannot be read, the run has written no model yet, or MODEL is an adapter.
     """
     folder = Path(arguments.model).expanduser()
-    is_run = (folder / "config.yaml").is_file() and not (folder / "config.json").is_file()
+    is_model = (folder / "config.json").is_file()
+    is_run = (folder / "config.yaml").is_file() and not is_model
+    if (folder / "adapter_config.json").is_file() and not is_model and not is_run:
+        raise UserError(
+            f"{folder}: an adapter, not a model; give the run's folder, or the adapter's base model and "
+            f"--adapter {folder}"
+        )
     source = _of_run(folder, arguments.adapter) if is_run else ModelSource(arguments.model)
     return replace(
         source,

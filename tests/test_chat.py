@@ -199,6 +199,11 @@ def test_run_that_has_written_no_model(llama_folder, tmp_path, mode, missing):
         main([str(run), "--prompt", "hello"])
 
 
+def test_an_adapter_is_no_model(adapter):
+    with pytest.raises(UserError, match=f"{adapter}: an adapter, not a model; give the run's folder"):
+        main([str(adapter), "--prompt", "hello"])
+
+
 def test_gguf_needs_a_tokenizer(tmp_path):
     (tmp_path / "model.gguf").touch()
     with pytest.raises(

@@ -107,6 +107,12 @@ def test_nothing_to_merge(base, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_adapter_is_no_model(base, adapted, tmp_path):
+    adapter, _ = adapted
+    with pytest.raises(UserError, match=f"or the adapter's base model and --adapter {adapter}$"):
+        merge(adapter, tmp_path / "merged")
+
+
 def test_out_is_a_file(base, adapted, tmp_path):
     (tmp_path / "merged").write_text("")
     with pytest.raises(UserError, match="merged is a file; give a folder"):
