@@ -101,7 +101,7 @@ def load_adapter(model: Decoder, folder: str | Path) -> Decoder:
     Raises:
         UserError: there is no such adapter; a file is missing or damaged; the adapter is of a kind that this
             library lacks, or for another model; its tensors are not those that its config announces (all of
-            them are listed).
+            them are listed), or hold NaN or infinity.
     """
     place = resolve(folder)
     if not (place / CONFIG_FILE).is_file():
@@ -235,6 +235,11 @@ def _lora_weights(model: Decoder, config: LoRAConfig, file: Path) -> LoRAWeights
         raise UserError(
             f"{file}: the tensors are not those of a rank-{config.rank} adapter for this model:\n  "
             + "\n  ".join(shown)
+        )
+    if spoilt := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise UserError(
+            f"{file}: NaN or infinity in {len(spoilt)} of {len(tensors)} tensors, {spoilt[0]} first; take an "
+            "adapter from before its training diverged"
         )
     return weights
 

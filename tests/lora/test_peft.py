@@ -193,7 +193,7 @@ BAD_CONFIGS = [
     ({"init_lora_weights": "olora"}, "init_lora_weights"),
     ({"r": None}, "r must be a whole number, not None"),
     ({"r": 2.5}, "r must be a whole number, not 2.5"),
-    ({"r": 0}, "lora.rank must be at least 1"),
+    ({"r": 0}, "lora.rank must be a whole number of at least 1, not 0"),
     ({"lora_alpha": "16"}, "lora_alpha must be a number, not '16'"),
     ({"lora_dropout": 1.5}, "lora.dropout must be"),
     ({"target_modules": None}, "target_modules must be names or a regular expression, not None"),
@@ -293,6 +293,16 @@ def test_truncated_tensors(adapted, folder):
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     assert_refused(adapted, folder, "adapter_model.safetensors: cannot be read; the file is truncated")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_diverged_adapter(adapted, folder, dtype):
+    def change(tensors):
+        name = next(name for name in tensors if name.endswith("1.mlp.down_proj.lora_A.weight"))
+        tensors[name] = np.full(tensors[name].shape, np.nan, dtype)
+
+    rewrite(folder, change)
+    assert_refused(adapted, folder, r"NaN or infinity in 1 of 8 tensors, .*1\.mlp\.down_proj\.lora_A")
 
 
 def test_pickled_weights_are_refused(adapted, folder):
