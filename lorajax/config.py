@@ -188,6 +188,17 @@ _REQUIRED = [
 _FLAGS = ("help", "dry-run")
 _SIZES = ("memory.budget", "memory.host_budget")
 
+# What Unsloth, PEFT, TRL and others call a key, where the names are not alike.
+_OTHER_NAMES = {
+    "r": "lora.rank",
+    "lora_r": "lora.rank",
+    "lr": "train.learning_rate",
+    "batch_size": "train.per_device_train_batch_size",
+    "epochs": "train.num_train_epochs",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+}
+
 _PATHS = ("data.chat_template", "data.cache_dir", "train.resume_from_checkpoint", "output.output_dir")
 _PATHS_OR_HUB_IDS = ("model.path", "model.tokenizer", "data.path", "data.eval_path")
 _FILE_SUFFIXES = {".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt"}
@@ -356,14 +367,17 @@ def _problems(config: Config) -> Iterator[str]:
     if model.quantization is not None:
         yield f"model.quantization is {model.quantization!r}, which is not supported; set it to null"
     yield from _memory_problems(config.memory)
-    if (config.memory.mlp_chunks or 1) > config.data.max_length:
+    if config.data.max_length < (config.memory.mlp_chunks or 1) <= MOST_MLP_CHUNKS:
         yield f"memory.mlp_chunks is {config.memory.mlp_chunks}, rows have {config.data.max_length} tokens"
     if train.max_steps != -1 and train.max_steps < 1:
         yield f"train.max_steps must be at least 1, or -1 to train by epochs, not {train.max_steps}"
     if train.max_steps == -1 and train.num_train_epochs < 1:
         yield "train.num_train_epochs must be at least 1 where train.max_steps is not set"
     if 0 < train.max_steps < train.warmup_steps:
-        yield f"train.warmup_steps ({train.warmup_steps}) is more than train.max_steps ({train.max_steps})"
+        yield (
+            f"train.warmup_steps ({train.warmup_steps}) is more than train.max_steps ({train.max_steps}); "
+            "lower the one, or raise the other"
+        )
     if train.init == "random" and train.mode == "lora":
         yield "train.init is random, but an adapter needs pretrained weights; set train.mode to full"
     if train.mode == "full" and config.lora != LoRAConfig():
@@ -632,13 +646,15 @@ def _refuse_unknown(places: dict[str, str], flags: Sequence[str] = ()) -> None:
 
 
 def _suggestion(key: str, flags: Sequence[str]) -> str:
-    """The valid key nearest to an unknown one: the same name in another section first, then a similar one."""
+    """The valid key nearest to an unknown one: its name elsewhere first, then a similar name."""
     section, _, name = key.rpartition(".")
     if key in _SECTIONS:
         return f"{key} is a section: give --{key}.KEY VALUE"
     own = [valid.split(".")[1] for valid in _FIELDS if valid.startswith(f"{section}.")]
     if moved := [valid for valid in _FIELDS if valid.split(".")[1] == name]:
         return f"did you mean {' or '.join(moved)}?"
+    if name in _OTHER_NAMES:
+        return f"did you mean {_OTHER_NAMES[name]}?"
     if near := difflib.get_close_matches(name, own, n=1):
         return f"did you mean {section}.{near[0]}?"
     if not section and (near := difflib.get_close_matches(name, [*_SECTIONS, *flags], n=1)):

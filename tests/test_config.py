@@ -320,6 +320,14 @@ def test_round_trip_of_any_values(tmp_path_factory, prompts, columns, rate, seed
             in_section("lora", "learningrate: 1"),
             "unknown key lora.learningrate; did you mean train.learning_rate?",
         ),
+        (in_section("lora", "r: 1"), "unknown key lora.r; did you mean lora.rank?"),
+        (in_section("train", "lr: 1"), "unknown key train.lr; did you mean train.learning_rate?"),
+        (MINIMAL + "lr: 1\n", "unknown key lr; did you mean train.learning_rate?"),
+        (
+            in_section("train", "batch_size: 1"),
+            "unknown key train.batch_size; did you mean train.per_device_train_batch_size?",
+        ),
+        (in_section("model", "model_name: a"), "unknown key model.model_name; did you mean model.path?"),
         (MINIMAL + "training: {}\n", "run.yaml:7: unknown key training; did you mean train?"),
         (in_section("lora", "zzz: 1"), "unknown key lora.zzz; lora has rank, alpha, dropout, target_modules"),
         (MINIMAL + "zzz: 1\n", "unknown key zzz; the sections are model, lora, data, train, memory, output"),
@@ -480,10 +488,10 @@ def test_missing_required_keys(tmp_path):
 @pytest.mark.parametrize(
     ("section", "lines", "expected"),
     [
-        ("lora", ["rank: 0"], "run.yaml:8: lora.rank must be at least 1, not 0"),
-        ("lora", ["alpha: 0"], "lora.alpha must be above 0, not 0"),
-        ("lora", ["dropout: 1.0"], "lora.dropout must be at least 0 and below 1, not 1.0"),
-        ("lora", ["dropout: -0.1"], "lora.dropout must be at least 0 and below 1, not -0.1"),
+        ("lora", ["rank: 0"], "run.yaml:8: lora.rank must be a whole number of at least 1, not 0"),
+        ("lora", ["alpha: 0"], "lora.alpha must be a number above 0, not 0"),
+        ("lora", ["dropout: 1.0"], "lora.dropout must be a number of at least 0 and below 1, not 1.0"),
+        ("lora", ["dropout: -0.1"], "lora.dropout must be a number of at least 0 and below 1, not -0.1"),
         ("lora", ["target_modules: []"], "run.yaml:8: lora.target_modules is empty"),
         ("data", ["max_length: 1"], "run.yaml:5: data.max_length must be at least 2, not 1"),
         ("data", ["max_segments: 0"], "data.max_segments must be at least 1, not 0"),
@@ -539,7 +547,7 @@ def test_missing_required_keys(tmp_path):
         (
             "train",
             ["max_steps: 3", "warmup_steps: 4"],
-            "run.yaml:9: train.warmup_steps (4) is more than train.max_st",
+            "run.yaml:9: train.warmup_steps (4) is more than train.max_steps (3); lower the one, or raise",
         ),
         ("train", ["init: random"], "run.yaml:8: train.init is random, but an adapter needs"),
         (
@@ -566,6 +574,7 @@ def test_values_that_make_no_sense(tmp_path, section, lines, expected):
 def test_an_mlp_has_no_more_parts_than_a_row_has_tokens(tmp_path):
     flags = "--memory.mlp_chunks=17", "--data.max_length=16"
     assert "memory.mlp_chunks is 17, rows have 16 tokens" in message(tmp_path, MINIMAL, *flags)
+    assert len(message(tmp_path, MINIMAL, "--memory.mlp_chunks=200", flags[1]).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -637,7 +646,22 @@ def test_configs_built_in_code_are_checked_alike(sections, expected):
     assert expected in str(error.value)
 
 
-def test_adapter_settings_are_checked_where_they_are_made():
-    with pytest.raises(UserError, match=r"lora\.rank must be at least 1"):
-        LoRAConfig(rank=0)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"rank": 0}, "lora.rank must be a whole number of at least 1, not 0"),
+        ({"rank": 2.5}, "lora.rank must be a whole number of at least 1, not 2.5"),
+        ({"rank": "8"}, "lora.rank must be a whole number of at least 1, not '8'"),
+        ({"alpha": "x"}, "lora.alpha must be a number above 0, not 'x'"),
+        ({"alpha": math.nan}, "lora.alpha must be a number above 0, not nan"),
+        ({"dropout": None}, "lora.dropout must be a number of at least 0 and below 1, not None"),
+    ],
+)
+def test_adapter_settings_are_checked_where_they_are_made(settings, expected):
+    with pytest.raises(UserError) as error:
+        LoRAConfig(**settings)
+    assert str(error.value) == expected
+
+
+def test_target_modules_may_be_a_list():
     assert LoRAConfig(target_modules=["q_proj"]) == LoRAConfig(target_modules=("q_proj",))

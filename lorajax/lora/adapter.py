@@ -1,5 +1,6 @@
 """The adapter's place in the model: which layers get one, its first values, its merge into the weights."""
 
+import difflib
 import re
 import zlib
 from collections.abc import Mapping
@@ -48,6 +49,8 @@ def select_targets(model: Decoder, target_modules: str | tuple[str, ...]) -> lis
             )
     selected = [path for name, path in names.items() if is_target(name, target_modules)]
     if isinstance(target_modules, str):
+        if not selected and difflib.get_close_matches(target_modules.lower(), ("all-linear",)):
+            raise UserError(f"lora.target_modules: did you mean all-linear, not {target_modules!r}?")
         if not selected:
             raise UserError(
                 f"lora.target_modules: the regular expression {target_modules!r} matches no whole module "

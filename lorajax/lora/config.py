@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from lorajax.errors import UserError
 
@@ -15,7 +16,8 @@ class LoRAConfig:
     The adapted layer computes `W x + alpha / rank * B A x` (Hu et al. 2021, arXiv:2106.09685).
 
     Raises:
-        UserError: a value is out of range; the message starts with the key (`lora.rank`).
+        UserError: a value is of the wrong type or out of range; the message starts with the key
+            (`lora.rank`).
     """
 
     rank: int = 32
@@ -29,12 +31,12 @@ class LoRAConfig:
     ([q_proj, v_proj]), or a regular expression that matches whole module names."""
 
     def __post_init__(self) -> None:
-        if not self.rank >= 1:
-            raise UserError(f"lora.rank must be at least 1, not {self.rank}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise UserError(f"lora.alpha must be above 0, not {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout must be at least 0 and below 1, not {self.dropout}")
+        if not (isinstance(self.rank, Integral) and self.rank >= 1):
+            raise UserError(f"lora.rank must be a whole number of at least 1, not {self.rank!r}")
+        if not (isinstance(self.alpha, Real) and 0 < self.alpha < math.inf):
+            raise UserError(f"lora.alpha must be a number above 0, not {self.alpha!r}")
+        if not (isinstance(self.dropout, Real) and 0 <= self.dropout < 1):
+            raise UserError(f"lora.dropout must be a number of at least 0 and below 1, not {self.dropout!r}")
         if not self.target_modules:
             raise UserError("lora.target_modules is empty; name the layers to adapt, or use all-linear")
         if not isinstance(self.target_modules, str):

@@ -42,6 +42,7 @@ def test_targets(model, target_modules, selected):
     ("target_modules", "message"),
     [
         ("q_proj", r"'q_proj' matches no whole module name; to give names, write a list, \[q_proj\]"),
+        ("all-linera", r"did you mean all-linear, not 'all-linera'\?"),
         (
             r"layers\.0\..*",
             "k_proj, o_proj, q_proj, v_proj, down_proj, gate_proj, up_proj; in full, model.layers.0",
