@@ -152,8 +152,12 @@ def _decoded(value: Any) -> Any:
 def _messages(origin: str, key: str, value: Any) -> list[Message]:
     turns = _decoded(value)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        found = type(turns).__name__
+        if isinstance(turns, list):
+            others = [type(turn).__name__ for turn in turns if not isinstance(turn, dict)]
+            found = f"a list with {others[0]}" if others else "an empty list"
         raise UserError(
-            f"{origin}: {key!r} must be a list of messages (objects with role and content), not empty"
+            f"{origin}: {key!r} must be a list of messages (objects with role and content), not {found}"
         )
     return [_message(origin, f"{key}[{index}]", turn) for index, turn in enumerate(turns)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import re
 import sys
@@ -137,7 +138,7 @@ def _object(value: Any, origin: str) -> dict[str, Any]:
 
 def _read_csv(file: Path, name: str) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+    with file.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         line = 1
         try:
@@ -153,8 +154,13 @@ def _read_csv(file: Path, name: str) -> Iterator[Row]:
                         "header"
                     )
                 yield Row(origin, fields)
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise UserError(f"{name}:{line}: not CSV in UTF-8: {error}") from error
+        except UnicodeDecodeError as error:  # in a block that was read ahead of the row
+            start = raw.tell() - len(error.object) + error.start
+            raw.seek(0)
+            line = raw.read(start).count(b"\n") + 1
+            raise UserError(f"{name}:{line}: not CSV in UTF-8: {error.reason}") from error
 
 
 def _read_parquet(file: Path, name: str) -> Iterator[Row]:

@@ -88,8 +88,9 @@ def test_no_assistant_turn_is_fine_when_prompts_are_learnt():
         ({"body": "a"}, {"columns": {"text": "content"}}, "data.columns names the column 'content'.*'body'"),
         ({"messages": [ASKED]}, {}, "no turn is the assistant's.*'user'.*train_on_prompt"),
         ({"prompt": [ANSWERED], "completion": [ASKED]}, {}, "no turn is the assistant's"),
-        ({"messages": []}, {}, "'messages' must be a list of messages"),
-        ({"messages": "Hi"}, {}, "'messages' must be a list of messages"),
+        ({"messages": []}, {}, "'messages' must be a list of messages .*, not an empty list$"),
+        ({"messages": "Hi"}, {}, "'messages' must be a list of messages .*, not str$"),
+        ({"messages": [ASKED, 3]}, {}, "'messages' must be a list of messages .*, not a list with int$"),
         ({"messages": [{"speaker": "user", "content": "Hi"}]}, {}, r"messages\[0\] has 'speaker', 'content'"),
         (
             {"messages": [ASKED, {"role": "asistant", "content": "a"}]},
