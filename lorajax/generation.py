@@ -81,7 +81,7 @@ def generate(
         UserError: a prompt cannot be rendered, is too long for the model's context, or an option is out of
             range.
     """
-    if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
+    if isinstance(prompts, str | Mapping) or any(isinstance(prompt, Mapping) for prompt in prompts):
         raise UserError("prompts is a list of questions or of conversations; put [ ] around a single one")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")

@@ -290,6 +290,7 @@ def test_nothing_asked_nothing_answered(model, tokenizer):
     ("prompts", "options", "message"),
     [
         ("hello", {}, r"prompts is a list of questions or of conversations; put \[ \] around"),
+        ({"role": "user", "content": "a"}, {}, r"put \[ \] around a single one"),
         ([{"role": "user", "content": "a"}], {}, r"put \[ \] around a single one"),
         (["a"], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         (["a"], {"temperature": -1.0}, "temperature must be 0 or above, not -1.0"),
