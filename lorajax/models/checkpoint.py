@@ -165,7 +165,7 @@ def _check_arguments(dtype: str, param_dtype: str | None, attention: str) -> Non
             raise UserError(f"{key} {value!r} is not one of {', '.join(DTYPES)}")
     known = ("auto", *attention_implementations())
     if attention not in known:
-        raise UserError(f"attention {attention!r} is not one of {', '.join(known)}")
+        raise UserError(f"model.attention {attention!r} is not one of {', '.join(known)}")
 
 
 def _outline(

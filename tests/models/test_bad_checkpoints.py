@@ -230,7 +230,7 @@ def test_random_weights_of_no_range(write_llama, tmp_path):
         ({"dtype": "float64"}, "dtype 'float64' is not one of bfloat16, float16, float32"),
         ({"param_dtype": "int8"}, "param_dtype 'int8' is not one of bfloat16, float16, float32"),
         ({"quantization": "nf4"}, "quantization 'nf4' is not supported"),
-        ({"attention": "flash"}, "attention 'flash' is not one of auto, triton, cudnn, xla, reference"),
+        ({"attention": "flash"}, "model.attention 'flash' is not one of auto, triton, cudnn, xla, reference"),
     ],
 )
 def test_arguments(arguments, part):
