@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,8 @@ def check_folder(config: Config) -> Path | None:
         The checkpoint to go on from; None: start at the beginning.
 
     Raises:
-        UserError: the folder holds another run that is neither continued nor to be replaced, or the
-            checkpoint to go on from is not there.
+        UserError: the folder holds another run that is neither continued nor to be replaced, replacing it
+            would delete what this run reads, or the checkpoint to go on from is not there.
     """
     folder, resume = RunFolder(Path(config.output.output_dir).absolute()), config.train.resume_from_checkpoint
     if folder.path.exists() and not folder.path.is_dir():
@@ -104,7 +105,29 @@ def check_folder(config: Config) -> Path | None:
             "with it, add --train.resume_from_checkpoint auto; to replace it, --output.overwrite_output_dir "
             "true; or choose another folder"
         )
+    if config.output.overwrite_output_dir and not goes_on_here:
+        _check_deleted(config, folder)
     return checkpoint
+
+
+def _check_deleted(config: Config, folder: RunFolder) -> None:
+    """Raises a UserError where overwriting would delete what the config names."""
+    model, data, deleted = config.model, config.data, [path.resolve() for path in folder.contents()]
+    read = {
+        "model.path": model.path,
+        "model.tokenizer": model.tokenizer,
+        "data.path": data.path,
+        "data.eval_path": data.eval_path,
+        "data.chat_template": data.chat_template,
+        "train.resume_from_checkpoint": config.train.resume_from_checkpoint,
+    }
+    for key, value in read.items():
+        place = Path(value).expanduser().resolve() if value else None
+        # A hub id is no place.
+        if place is not None and os.path.exists(place) and not {place, *place.parents}.isdisjoint(deleted):
+            raise UserError(
+                f"output.overwrite_output_dir would delete {value} ({key}); choose another output.output_dir"
+            )
 
 
 def prepare_folder(config: Config, checkpoint: Path | None) -> RunFolder:

@@ -155,6 +155,40 @@ def test_overwriting_takes_away_the_run_and_nothing_else(quick_config, tmp_path)
     assert load_config(run / "config.yaml") == config
 
 
+@pytest.mark.parametrize(
+    "key, place",
+    [
+        ("model.path", "model"),
+        ("model.tokenizer", "adapter/tokenizer"),
+        ("data.path", "tensorboard/rows.jsonl"),
+        ("data.eval_path", "samples.json"),
+        ("data.chat_template", "link/template.jinja"),
+        ("train.resume_from_checkpoint", "checkpoints/other/3"),
+    ],
+)
+def test_overwriting_spares_what_the_run_reads(key, place, quick_config, tmp_path):
+    run, (section, name) = tmp_path / "run", key.split(".")
+    path = run / place
+    (run / "model").mkdir(parents=True)
+    (run / "link").symlink_to("model")
+    write(path) if path.suffix else path.mkdir(parents=True, exist_ok=True)
+    config = changed(quick_config(output=OVERWRITE), **{section: {name: str(path)}})
+    with pytest.raises(UserError) as error:
+        check_folder(config)
+    assert str(error.value) == (
+        f"output.overwrite_output_dir would delete {path} ({key}); choose another output.output_dir"
+    )
+
+
+def test_data_beside_the_run_and_a_hub_id_are_nothing_that_overwriting_deletes(
+    quick_config, monkeypatch, tmp_path
+):
+    RESULTS["model"](tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run" / "model")
+    read = {"model": {"path": "owner/name"}, "data": {"path": str(write(tmp_path / "run" / "rows.jsonl"))}}
+    assert check_folder(changed(quick_config(output=OVERWRITE), **read)) is None
+
+
 def test_going_on_replaces_nothing(quick_config, tmp_path):
     run = tmp_path / "run"
     for make in RESULTS.values():
