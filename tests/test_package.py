@@ -1,15 +1,18 @@
 """The package as it is installed: metadata, modules, commands, and the configs that come with it."""
 
+import gc
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import metadata, requires, version
 from pathlib import Path
 
 import pytest
 
+from lorajax.command import run_command
 from lorajax.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +112,25 @@ def test_train_command_says_what_is_wrong_without_a_traceback(tmp_path, argument
     assert result.returncode == 2
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
+    """Python drops what such a callback raises; JAX has one."""
+
+    def callback(phase: str, info: dict) -> None:
+        if phase == "start":
+            gc.callbacks.remove(callback)
+            raise KeyboardInterrupt
+
+    def main(arguments: object) -> int:
+        gc.callbacks.append(callback)
+        gc.collect()
+        time.sleep(5)
+        return 0
+
+    hook = sys.unraisablehook
+    assert run_command(main) == 130
+    assert sys.unraisablehook is hook
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
