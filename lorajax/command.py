@@ -13,7 +13,8 @@ from lorajax.errors import UserError
 def run_command(main: Callable[[Sequence[str]], int]) -> int:
     """Run `main(arguments)` of a command; gives its exit status.
 
-    A UserError is printed without a traceback and gives 2, Ctrl-C gives 130.
+    A UserError is printed without a traceback and gives 2, Ctrl-C gives 130, and KeyboardInterrupt(N), of a
+    signal N, 128 + N.
     """
     before, sys.unraisablehook = sys.unraisablehook, _raise_again
     try:
@@ -21,18 +22,23 @@ def run_command(main: Callable[[Sequence[str]], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return 128 + _signal_of(interrupt)
     finally:
         sys.unraisablehook = before
 
 
+def _signal_of(interrupt: KeyboardInterrupt) -> int:
+    return interrupt.args[0] if interrupt.args else signal.SIGINT
+
+
 def _raise_again(lost: sys.UnraisableHookArgs) -> None:
-    """Send Ctrl-C once more where its exception was lost: JAX' callback of the garbage collector drops it."""
-    if not isinstance(lost.exc_value, KeyboardInterrupt):
+    """Send a signal again where its exception was lost: JAX' callback of the garbage collector drops it."""
+    interrupt = lost.exc_value
+    if not isinstance(interrupt, KeyboardInterrupt):
         sys.__unraisablehook__(lost)
         return
     main_thread = threading.main_thread().ident
     assert main_thread is not None
     # Later, when the callback has returned; a signal, and not Python's own note of one, ends a wait too.
-    threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+    threading.Timer(0.05, signal.pthread_kill, (main_thread, _signal_of(interrupt))).start()

@@ -115,7 +115,8 @@ class Result:
 def fit(config: Config | str | os.PathLike[str]) -> Result:
     """Fine-tune a model as a config says, and write the run's folder.
 
-    SIGINT and SIGTERM, in the main thread, end the run after the step that is running, with a checkpoint.
+    SIGINT and SIGTERM, in the main thread, end the run after the step that is running, with a checkpoint; a
+    second one interrupts it at once.
 
     Args:
         config: the settings, or the path of a YAML file that holds them.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -13,7 +15,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """A context in which the first SIGINT or SIGTERM sets `signal`, and the second interrupts at once.
 
-    Outside the main thread, where Python cannot handle signals, it never sets anything.
+    The first is answered on standard error; the second raises KeyboardInterrupt(number). Outside the main
+    thread, where Python cannot handle signals, nothing is ever set.
     """
 
     def __init__(self) -> None:
@@ -33,5 +36,9 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self.signal = signal.Signals(number)
+        said = f"{self.signal.name}: stopping after this step, with a checkpoint; again: at once, without one"
+        # Not print: the signal may have come in the midst of one.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{said}\n".encode())

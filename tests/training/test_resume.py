@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 import pytest
 
+from lorajax.command import run_command
 from lorajax.config import Config
 from lorajax.training import fit
 from lorajax.training import step as step_module
@@ -239,15 +240,28 @@ def interrupted(*arguments: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_the_second_signal_interrupts():
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_answered_and_the_second_interrupts(second, capfd):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         assert stop.signal is None
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal is signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        said = "SIGTERM: stopping after this step, with a checkpoint; again: at once, without one"
+        assert capfd.readouterr().err.strip() == said
+        assert run_command(lambda arguments: signal.raise_signal(second) or 0) == 128 + second
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert capfd.readouterr().err == ""
+
+
+def test_a_signal_whose_answer_nobody_reads_is_heeded(monkeypatch):
+    def closed(*arguments: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", closed)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.signal is signal.SIGTERM
 
 
 def test_a_run_in_another_thread_leaves_signals_alone():
