@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -64,6 +65,13 @@ class Documents(Sequence[TokensAndMask]):
         """Tokens of the document that a token is in, on average over tokens; 0 without any."""
         total = int(self.lengths.sum())
         return round(float(np.square(self.lengths, dtype=np.float64).sum()) / total) if total else 0
+
+    def crc32(self) -> int:
+        """Of the documents, one after the other: their lengths, tokens and masks."""
+        value = zlib.crc32(np.ascontiguousarray(self.lengths, np.int64))
+        for tokens, mask in self:
+            value = zlib.crc32(mask, zlib.crc32(tokens, value))
+        return value
 
     def select(self, which: Int[np.ndarray, " M"] | Bool[np.ndarray, " N"]) -> Documents:
         """Some of the documents, in the order given; the tokens are shared."""

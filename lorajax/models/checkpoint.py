@@ -6,6 +6,7 @@ than one tensor beside the model.
 """
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,19 @@ from lorajax.models.export import save_merged
 from lorajax.models.folder import read_config, read_number, resolve
 from lorajax.models.gguf import open_gguf
 from lorajax.models.names import hf_name
-from lorajax.models.safetensors import open_folder
+from lorajax.models.safetensors import open_folder, weight_files
 from lorajax.models.stored import StoredCheckpoint, StoredTensor
 from lorajax.sharding import data_mesh, replicated
 
-__all__ = ["check_weights", "initialise", "load", "outline", "resolve", "save_merged"]
+__all__ = ["check_weights", "fingerprint", "initialise", "load", "outline", "resolve", "save_merged"]
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 # Old releases of transformers stored these; they follow from the config.
 _DERIVED = (".rotary_emb.inv_freq",)
+
+# Places of a model's files that a fingerprint looks at, about, and bytes that it reads at each.
+_SAMPLES, _SAMPLE_BYTES = 256, 1 << 14
 
 # Tree path of a leaf, as flax has it: ("layers", 0, "attention", "q_proj", "weight").
 LeafPath = tuple[str | int, ...]
@@ -89,6 +93,33 @@ def check_weights(path: str | Path, model: Decoder, *, quantization: str | None 
     """
     _check_quantization(quantization)
     _find_tensors(_open(resolve(path)), model)
+
+
+def fingerprint(path: str | Path) -> str:
+    """A hash that tells a model's weights from others: of the files' sizes, and of bytes all over them.
+
+    A few MiB are read, whatever the size. Where the files lie, and what the only one is called, is not in it.
+
+    Args:
+        path: as in `load`.
+
+    Raises:
+        UserError: there are no weights, or they cannot be read.
+    """
+    place, digest = resolve(path), hashlib.blake2b(digest_size=8)
+    files = [place] if place.is_file() else weight_files(place)
+    try:
+        sizes = [file.stat().st_size for file in files]
+        digest.update(repr(sizes).encode())
+        stride = max(_SAMPLE_BYTES, sum(sizes) // _SAMPLES)
+        for file, size in zip(files, sizes, strict=True):
+            with file.open("rb", buffering=0) as stream:
+                for start in range(0, size, stride):
+                    stream.seek(start)
+                    digest.update(stream.read(_SAMPLE_BYTES))
+    except OSError as error:
+        raise UserError(f"{place}: the weights cannot be read: {error}") from error
+    return digest.hexdigest()
 
 
 def outline(

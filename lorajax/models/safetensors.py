@@ -23,12 +23,17 @@ def open_folder(folder: Path) -> StoredCheckpoint:
     """
     hf_config, eos_token_ids = read_config(folder)
     tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         tensors |= _read_header(file)
     return StoredCheckpoint(folder, hf_config, eos_token_ids, tensors)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or its shards, by name.
+
+    Raises:
+        UserError: there are none, or not all of them.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]

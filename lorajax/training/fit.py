@@ -133,7 +133,8 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
     check_trackers(config.output.report_to)
     checkpoint = check_folder(config)
     inputs = prepare(config)
-    position = None if checkpoint is None else _position(checkpoint, inputs)
+    identity = inputs.identity()
+    position = None if checkpoint is None else _position(checkpoint, identity, inputs.total_steps)
     if config.train.init != "random":
         check_weights(inputs.model_path, inputs.outline, quantization=config.model.quantization)
     ready = _compile(inputs, done=0 if position is None else position.step)
@@ -163,7 +164,7 @@ def fit(config: Config | str | os.PathLike[str]) -> Result:
         truncate_metrics(folder.metrics, position.step)
 
     try:
-        done = _train(ready, folder, state, frozen, position)
+        done = _train(ready, folder, state, frozen, position, identity)
     except NotFinite as error:
         raise UserError(f"{error}; {_what_is_kept(folder)}") from None
     del state
@@ -248,9 +249,14 @@ class _Trained(NamedTuple):
 
 
 def _train(
-    ready: _Ready, folder: RunFolder, state: TrainState, frozen: Weights, position: Position | None
+    ready: _Ready,
+    folder: RunFolder,
+    state: TrainState,
+    frozen: Weights,
+    position: Position | None,
+    identity: dict[str, Any],
 ) -> _Trained:
-    """The loop.
+    """The loop; `identity` is what its checkpoints say of the run.
 
     A step is started before the metrics of the one before it are read, and its batch is made while the device
     is busy. What is logged up to a step is written before that step's checkpoint.
@@ -296,8 +302,8 @@ def _train(
                 if evaluates:
                     evaluate(step, state)
                 if saves:
-                    identity = {**inputs.identity, _DRAWN_BY: inputs.drawn_by}
-                    checkpoints.save(state, Position(step, batch.position, identity))
+                    described = {**identity, _DRAWN_BY: inputs.drawn_by}
+                    checkpoints.save(state, Position(step, batch.position, described))
                 progress.restart_clock()
             if last:
                 break
@@ -341,21 +347,22 @@ def _load_model(inputs: Inputs) -> Decoder:
     )
 
 
-def _position(checkpoint: Path, inputs: Inputs) -> Position:
-    """The position in a checkpoint, if this run can go on from there exactly."""
+def _position(checkpoint: Path, identity: dict[str, Any], total_steps: int) -> Position:
+    """The position in a checkpoint, if the run of this identity can go on from there exactly."""
     position = read_position(checkpoint)
     differing = [
-        f"{name} was {position.identity.get(name)}, now it is {value}"
-        for name, value in inputs.identity.items()
-        if position.identity.get(name) != value
+        f"{name} was {before}, now it is {value}"
+        for name, value in identity.items()
+        # An older lorajax wrote less of it.
+        if (before := position.identity.get(name, value)) != value
     ]
     if differing:
         raise UserError(
             f"{checkpoint} is of another run, which this one cannot go on: {'; '.join(differing)}"
         )
-    if position.step > inputs.total_steps:
+    if position.step > total_steps:
         raise UserError(
-            f"{checkpoint} stands at step {position.step}, but this run has only {inputs.total_steps} steps; "
+            f"{checkpoint} stands at step {position.step}, but this run has only {total_steps} steps; "
             "raise train.max_steps"
         )
     return position

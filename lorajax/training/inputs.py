@@ -28,7 +28,7 @@ from lorajax.data import (
 from lorajax.errors import UserError
 from lorajax.memory.plan import outline_of
 from lorajax.memory.policy import Layout
-from lorajax.models.checkpoint import resolve
+from lorajax.models.checkpoint import fingerprint, resolve
 from lorajax.models.decoder import Decoder
 from lorajax.sharding import data_mesh, rows
 from lorajax.training.step import Batch
@@ -124,12 +124,15 @@ class Inputs(RunShape):
         rows, chunks = self.layout.rows, self.layout.mlp_chunks
         return [rows, chunks] if min(rows, chunks) > 1 else [1, 1]
 
-    @property
     def identity(self) -> dict[str, Any]:
-        """What must stay the same for a run to go on exactly from a checkpoint."""
+        """What must stay the same for a run to go on exactly from a checkpoint.
+
+        Raises:
+            UserError: the weights cannot be read.
+        """
         data, train, lora = self.config.data, self.config.train, self.config.lora
         stats = self.documents.train_stats
-        return {
+        same: dict[str, Any] = {
             "train.mode": train.mode,
             "train.seed": train.seed,
             "train.per_device_train_batch_size": train.per_device_train_batch_size,
@@ -150,8 +153,12 @@ class Inputs(RunShape):
                 stats.tokens,
                 stats.target_tokens,
             ],
+            "the training documents (CRC-32)": self.documents.train.crc32(),
             "the number of devices": self.mesh.size,
         }
+        if train.mode == "lora":  # in mode full the checkpoint holds all weights
+            same["the model's weights (fingerprint)"] = fingerprint(self.model_path)
+        return same
 
 
 def prepare(config: Config) -> Inputs:

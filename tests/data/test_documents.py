@@ -59,6 +59,20 @@ def test_the_context_is_that_of_the_average_token():
     assert Documents.from_pairs([]).context == 0
 
 
+def test_a_checksum_is_of_the_documents_themselves():
+    pairs = [([1, 2, 3], [False, True, True]), ([4, 5], [False, True])]
+    expected = Documents.from_pairs(pairs).crc32()
+    among_others = Documents.from_pairs([([9], [True]), *pairs])
+    assert among_others[1:].crc32() == expected
+    others = [
+        pairs[::-1],
+        [([1, 2, 3], [False, True, True]), ([4, 6], [False, True])],
+        [([1, 2, 3], [False, False, True]), ([4, 5], [True, True])],
+        [([1, 2], [False, True]), ([3, 4, 5], [True, False, True])],
+    ]
+    assert len({expected, *(Documents.from_pairs(other).crc32() for other in others)}) == 5
+
+
 def test_load_counts(write_rows, data_config, tokenizer):
     rows = [chat("hello", "the fox"), chat("a", "b", "c", "d"), {"text": "hello"}]
     train, evaluation, stats, eval_stats = load(data_config(write_rows(rows)), tokenizer)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from lorajax.lora.adapter import add_lora
 from lorajax.lora.config import LoRAConfig
-from lorajax.models.checkpoint import initialise, load, outline, resolve
+from lorajax.models.checkpoint import fingerprint, initialise, load, outline, resolve
 from lorajax.models.decoder import LoRAParam
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -76,6 +76,32 @@ def test_shards_equal_one_file(write_llama, tmp_path, leaves):
     assert one.keys() == several.keys()
     for name, values in one.items():
         np.testing.assert_array_equal(several[name], values)
+
+
+def test_a_fingerprint_is_of_the_weights_wherever_they_lie(write_llama, tmp_path):
+    one, several = write_llama(tmp_path / "one"), shard(write_llama(tmp_path / "several"))
+    expected = fingerprint(one)
+    (one / "config.json").write_text("{}")
+    assert fingerprint(one.rename(tmp_path / "moved")) == expected
+    assert fingerprint(several) != expected
+    changed = [fingerprint(write_llama(tmp_path / "other", seed=1)), expected]
+    for file in sorted(several.glob("*.safetensors")):
+        changed.append(fingerprint(several))
+        weights = bytearray(file.read_bytes())
+        weights[-1] ^= 1
+        file.write_bytes(weights)
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    changed += [fingerprint(several), fingerprint(gguf)]
+    assert len(set(changed)) == len(changed)
+    assert fingerprint(gguf.rename(tmp_path / "renamed.gguf")) == changed[-1]
+
+
+def test_a_fingerprint_reads_little_of_a_large_file(tmp_path):
+    file = tmp_path / "model.gguf"
+    with file.open("wb") as stream:
+        stream.truncate(1 << 40)  # takes no room, and would take minutes to read
+    assert fingerprint(file)
 
 
 def test_tensors_that_follow_from_others_are_ignored(write_llama, tmp_path, leaves):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorajax.config import TrainConfig
+from lorajax.config import Config, TrainConfig
 from lorajax.errors import UserError
 from lorajax.sharding import data_mesh, replicated, shapes
 from lorajax.training import checkpoints as checkpoints_module
@@ -28,6 +30,8 @@ from lorajax.training.checkpoints import (
     restore_state,
     steps,
 )
+from lorajax.training.fit import _position
+from lorajax.training.inputs import prepare
 from lorajax.training.optimizer import adamw, learning_rate_schedule
 from lorajax.training.step import LossScale, TrainState, init_state
 
@@ -218,6 +222,47 @@ def test_a_checkpoint_of_another_structure_is_refused_with_all_that_differs(tmp_
         restore_state(tmp_path / "1", make_state()._replace(trainable=less))
 
 
+CONTENTS = ("the training documents (CRC-32)", "the model's weights (fingerprint)")
+
+
+def forget_contents(checkpoint: Path) -> None:
+    """Make it one of a lorajax that knew data by their numbers alone, and no model."""
+    file = checkpoint / "position" / "metadata"
+    written = json.loads(file.read_text())
+    for name in CONTENTS:
+        del written["identity"][name]
+    file.write_text(json.dumps(written))
+
+
+def test_other_data_or_another_model_of_the_same_size_are_told_apart(
+    quick_config, write_rows, write_llama, make_tokenizer, tmp_path
+):
+    def asked(answer: str, model: dict | None = None) -> Config:
+        path = write_rows([{"prompt": "a", "completion": answer}] * 4, f"{answer}.jsonl")
+        return quick_config(data={"path": path}, model=model)
+
+    config = asked("b")
+    identity = prepare(config).identity()
+    with Checkpoints(tmp_path / "run" / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(make_state(), Position(1, {}, identity))
+    folder = write_llama(tmp_path / "other", seed=1, num_hidden_layers=1)
+    make_tokenizer().save_pretrained(str(folder))
+    moved = shutil.copytree(config.model.path, tmp_path / "moved")
+    checkpoint, differing = tmp_path / "run" / "checkpoints" / "1", []
+    for other in (asked("c"), asked("b", {"path": str(folder)})):
+        with pytest.raises(UserError) as error:
+            _position(checkpoint, prepare(other).identity(), 4)
+        differing.append(str(error.value).removeprefix(f"{checkpoint} is of another run, which this one "))
+    for said, name in zip(differing, CONTENTS, strict=True):
+        assert re.fullmatch(rf"cannot go on: {re.escape(name)} was \w+, now it is \w+", said)
+    assert _position(checkpoint, prepare(asked("b", {"path": str(moved)})).identity(), 4).step == 1
+    forget_contents(checkpoint)
+    assert _position(checkpoint, prepare(asked("c", {"path": str(folder)})).identity(), 4).step == 1
+    # A full run's checkpoint holds all weights.
+    full = dataclasses.replace(config, train=dataclasses.replace(config.train, mode="full"))
+    assert CONTENTS[1] in identity and CONTENTS[1] not in prepare(full).identity()
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused_with_all_that_differs(quick_config, tmp_path):
     fit(quick_config(output={"save_steps": 2, "save_total_limit": 4}))
@@ -241,6 +286,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_all_that_differs(quick_conf
         "lora.target_modules",
         "data.max_length",
         "the training documents (number, tokens, target tokens)",
+        "the training documents (CRC-32)",
     ]
     assert "train.seed was 42, now it is 7" in message and "lora.rank was 4, now it is 2" in message
 
@@ -267,9 +313,11 @@ def test_a_checkpoint_of_another_model_is_refused(quick_config, write_llama, mak
     fit(quick_config(train={"max_steps": 1}))
     folder = write_llama(tmp_path / "wider", num_hidden_layers=1, intermediate_size=64)
     make_tokenizer().save_pretrained(str(folder))
+    wider = quick_config(
+        model={"path": str(folder)}, train={"max_steps": 1, "resume_from_checkpoint": "auto"}
+    )
+    with pytest.raises(UserError, match=r"checkpoints/1 is of another run.*: the model's weights \(finger"):
+        fit(wider)
+    forget_contents(tmp_path / "run" / "checkpoints" / "1")
     with pytest.raises(UserError, match=r"checkpoints/1 does not fit .* has shape \(2240,\), not \(2432,\)"):
-        fit(
-            quick_config(
-                model={"path": str(folder)}, train={"max_steps": 1, "resume_from_checkpoint": "auto"}
-            )
-        )
+        fit(wider)
