@@ -125,6 +125,17 @@ def stream(
     return _pieces(model, tokenizer, settings, rows, seed, chunk)
 
 
+def check_prompts(
+    model: Decoder, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt], *, max_new_tokens: int
+) -> None:
+    """Whether `generate` takes the prompts; of the model its options alone are needed.
+
+    Raises:
+        UserError: as `generate`.
+    """
+    _tokenise(model, tokenizer, prompts, max_new_tokens, None)
+
+
 def answering_memory(
     model: Decoder,
     tokenizer: PreTrainedTokenizerFast,

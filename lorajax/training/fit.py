@@ -199,12 +199,15 @@ def dry_run(config: Config) -> str:
     """What `fit` would do, as text: the resolved config, the data's statistics, the first row with its mask.
 
     Raises:
-        UserError: as `fit`, but for what is wrong with the weights.
+        UserError: as `fit`, but for what is wrong with the weights, and what has to do with the GPU.
     """
     validate(config)
     check_trackers(config.output.report_to)
-    check_folder(config)
-    return dry_run_text(prepare(config))
+    checkpoint = check_folder(config)
+    inputs = prepare(config)
+    if checkpoint is not None:
+        _position(checkpoint, inputs.identity(), inputs.total_steps)
+    return dry_run_text(inputs)
 
 
 class _Ready(NamedTuple):

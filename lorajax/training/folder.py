@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,18 +74,18 @@ class RunFolder:
 
 
 def check_folder(config: Config) -> Path | None:
-    """Decide what a run does with its folder, without touching it.
+    """Decide what a run does with its folder; nothing in it changes.
 
     Returns:
         The checkpoint to go on from; None: start at the beginning.
 
     Raises:
-        UserError: the folder holds another run that is neither continued nor to be replaced, replacing it
-            would delete what this run reads, or the checkpoint to go on from is not there.
+        UserError: the folder cannot be written, it holds another run that is neither continued nor to be
+            replaced, replacing that would delete what this run reads, or the checkpoint to go on from is not
+            there.
     """
     folder, resume = RunFolder(Path(config.output.output_dir).absolute()), config.train.resume_from_checkpoint
-    if folder.path.exists() and not folder.path.is_dir():
-        raise UserError(f"output.output_dir: {folder.path} is a file")
+    _check_writable(folder.path)
     if resume == "auto":
         if there := checkpoints.steps(folder.checkpoints):
             return folder.checkpoints / str(there[-1])
@@ -108,6 +109,22 @@ def check_folder(config: Config) -> Path | None:
     if config.output.overwrite_output_dir and not goes_on_here:
         _check_deleted(config, folder)
     return checkpoint
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises a UserError where the folder cannot be written or made; nothing stays of the attempt."""
+    try:
+        if folder.is_file():
+            raise UserError(f"output.output_dir: {folder} is a file")
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=there):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"output.output_dir: {folder} cannot be written: {error.strerror or error}")
 
 
 def _check_deleted(config: Config, folder: RunFolder) -> None:
@@ -149,7 +166,5 @@ def prepare_folder(config: Config, checkpoint: Path | None) -> RunFolder:
         save_config(config, unfinished)
         unfinished.replace(folder.config)
     except OSError as error:
-        raise UserError(
-            f"output.output_dir: {folder.path} cannot be written: {error.strerror or error}"
-        ) from error
+        raise _unwritable(folder.path, error) from error
     return folder

@@ -26,6 +26,7 @@ from lorajax.data import (
     packing_stats,
 )
 from lorajax.errors import UserError
+from lorajax.generation import check_prompts
 from lorajax.memory.plan import outline_of
 from lorajax.memory.policy import Layout
 from lorajax.models.checkpoint import fingerprint, resolve
@@ -165,7 +166,7 @@ def prepare(config: Config) -> Inputs:
     """Read and check everything but the weights.
 
     Raises:
-        UserError: the model's configuration, the tokenizer or the data cannot be used.
+        UserError: the model's configuration, the tokenizer, the sample prompts or the data cannot be used.
     """
     mesh, data, train = data_mesh(), config.data, config.train
     path = resolve(config.model.path, weights=train.init == "pretrained")
@@ -178,6 +179,11 @@ def prepare(config: Config) -> Inputs:
             "embeddings; set model.tokenizer to the model's own"
         )
     tokenizer.chat_template = chat_template(tokenizer, data.chat_template)
+    prompts, new = config.output.sample_prompts, config.output.sample_max_new_tokens
+    try:
+        check_prompts(model, tokenizer, prompts, max_new_tokens=new)
+    except UserError as error:
+        raise UserError(f"output.sample_prompts, output.sample_max_new_tokens: {error}") from error
     documents = load_documents(
         data,
         tokenizer,

@@ -404,6 +404,42 @@ def test_a_tracker_that_is_not_installed(quick_config, monkeypatch):
     assert not Path(config.output.output_dir).exists()
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"output": {"output_dir": "/proc/run"}}, "output.output_dir: /proc/run cannot be written"),
+        (
+            {"train": {"resume_from_checkpoint": str(Path(__file__).parent)}},
+            r"/training: not a checkpoint \(train.resume_from_checkpoint\)",
+        ),
+        (
+            {"output": {"sample_prompts": ["hello", "hello " * 60], "sample_max_new_tokens": 80}},
+            "output.sample_prompts, output.sample_max_new_tokens: prompt 2: .* over the model's context of",
+        ),
+    ],
+    ids=["folder", "checkpoint", "prompts"],
+)
+def test_a_dry_run_refuses_what_a_run_does(change, message, quick_config):
+    for run in (dry_run, fit):
+        with pytest.raises(UserError, match=message):
+            run(quick_config(**change))
+
+
+def test_a_dry_run_refuses_another_runs_checkpoint(quick_config, tmp_path):
+    config = quick_config(train={"resume_from_checkpoint": "auto"})
+    identity = prepare(config).identity()
+    for step, position in enumerate((identity, identity | {"train.seed": 7}), 1):
+        folder = tmp_path / "run" / "checkpoints" / str(step) / "position"
+        folder.mkdir(parents=True)
+        (folder / "metadata").write_text(json.dumps({"step": step, "data": {}, "identity": position}))
+        if step == 1:
+            assert "The first row" in dry_run(config)
+    with pytest.raises(
+        UserError, match="checkpoints/2 is of another run, .*: train.seed was 7, now it is 42"
+    ):
+        dry_run(config)
+
+
 EMPTY_MARKS = (
     "{% for message in messages %}{% generation %}{% endgeneration %}{{ message['content'] }}{% endfor %}"
 )

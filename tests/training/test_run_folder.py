@@ -209,10 +209,19 @@ def test_a_folder_that_cannot_be_used_is_named(quick_config, tmp_path):
     with pytest.raises(UserError, match=r"output\.output_dir: .*/run is a file$"):
         fit(quick_config())
     below = quick_config(output={"output_dir": str(tmp_path / "run" / "below")})
-    with pytest.raises(UserError, match=r"output\.output_dir: .*/run/below cannot be written: Not a dir"):
-        prepare_folder(below, None)
-    with pytest.raises(UserError, match=r"output\.output_dir: /proc cannot be written"):
-        prepare_folder(quick_config(output={"output_dir": "/proc"}), None)
+    for make in (check_folder, lambda config: prepare_folder(config, None)):
+        with pytest.raises(UserError, match=r"output\.output_dir: .*/run/below cannot be written: Not a dir"):
+            make(below)
+        for folder in ("/proc", "/proc/a/b"):
+            with pytest.raises(UserError, match=rf"output\.output_dir: {folder} cannot be written"):
+                make(quick_config(output={"output_dir": folder}))
+
+
+def test_nothing_stays_of_a_look_at_the_folder(quick_config, tmp_path):
+    config = quick_config(output={"output_dir": str(tmp_path / "a" / "b")})
+    before = sorted(os.listdir(tmp_path))
+    assert check_folder(config) is None
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_the_old_config_stays_where_the_new_one_cannot_be_written(quick_config, monkeypatch, tmp_path):
