@@ -132,7 +132,7 @@ class MemoryConfig:
     """Most GPU memory for weights, state and activations, such as 24GiB; null: what is free. Besides, JAX'
     allocator gets 2.6% and 64 MiB, as it gives memory in pieces, and CUDA's context takes up to 1 GiB."""
     host_budget: str | None = None
-    """Most host memory for activations, such as 64GiB; null: half of what is free."""
+    """Most host memory for activations, such as 64GiB, or 0GiB for none; null: half of what is free."""
 
 
 @dataclass(frozen=True)
@@ -403,9 +403,12 @@ def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
     for key in _SIZES:
         if (text := getattr(memory, key.partition(".")[2])) is not None:
             try:
-                parse_size(text)
+                size = parse_size(text)
             except ValueError as error:
                 yield f"{key} {error}"
+            else:
+                if not size and key == "memory.budget":
+                    yield f"{key} must be above 0, not {text!r}"
     if memory.mlp_chunks is not None and not 1 <= memory.mlp_chunks <= MOST_MLP_CHUNKS:
         yield f"memory.mlp_chunks must be in 1..{MOST_MLP_CHUNKS}, not {memory.mlp_chunks}"
     if (memory.mlp_chunks or 1) > 1 and isinstance(memory.checkpointing, dict):
@@ -426,13 +429,16 @@ def _memory_problems(memory: MemoryConfig) -> Iterator[str]:
 
 
 _A_SIZE = "a size with its unit, such as 24GiB"
-_SIZE_UNITS = {unit: 1024**power for power, unit in enumerate(("B", "KiB", "MiB", "GiB", "TiB"))} | {
-    unit: 1000**power for power, unit in enumerate(("KB", "MB", "GB", "TB"), start=1)
+_SIZE_UNITS = {
+    # G is what plans print for GiB.
+    **{unit: 1024**power for power, unit in enumerate(("B", "K", "M", "G", "T"))},
+    **{unit: 1024**power for power, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), start=1)},
+    **{unit: 1000**power for power, unit in enumerate(("KB", "MB", "GB", "TB"), start=1)},
 }
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 24GiB, 512 MiB or 8e9 B.
+    """Bytes of a size such as 24GiB, 24G (the same), 512 MiB or 8e9 B.
 
     Raises:
         ValueError: it is none.
@@ -440,7 +446,7 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]+)\s*", text)
     units = {unit.lower(): size for unit, size in _SIZE_UNITS.items()}
     try:
-        if found is None or found[2].lower() not in units or not float(found[1]) > 0:
+        if found is None or found[2].lower() not in units:
             raise ValueError
         return int(float(found[1]) * units[found[2].lower()])
     except (ValueError, OverflowError):

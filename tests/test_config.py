@@ -17,6 +17,7 @@ from lorajax.config import (
     TrainConfig,
     load_config,
     parse_arguments,
+    parse_size,
     save_config,
     validate,
 )
@@ -591,6 +592,20 @@ def test_an_mlp_has_no_more_parts_than_a_row_has_tokens(tmp_path):
 def test_flags_that_make_no_sense_are_named_as_flags(tmp_path, flag, expected):
     text = in_section("memory", "checkpointing: full" if "=half" in flag else "checkpointing: {gate: save}")
     assert message(tmp_path, text, flag).startswith(expected)
+
+
+def test_a_host_may_have_nothing_to_offload_to(tmp_path):
+    loaded = load_config(write(tmp_path, MINIMAL), ["--memory.host_budget=0GiB"])
+    assert loaded.memory.host_budget == "0GiB"
+    assert "memory.budget must be above 0, not '0GiB'" in message(tmp_path, MINIMAL, "--memory.budget=0GiB")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24G", 24 * 2**30), ("24 gib", 24 * 2**30), ("1.5e3MB", 1500 * 10**6), ("7 B", 7)]
+)
+def test_sizes(text, size):
+    """G is what plans print for GiB."""
+    assert parse_size(text) == size
 
 
 def test_contradictions_name_where_each_was_written(tmp_path):

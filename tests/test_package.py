@@ -133,6 +133,26 @@ def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
     assert sys.unraisablehook is hook
 
 
+def test_a_reader_that_leaves_ends_a_command_quietly(tmp_path):
+    code = (
+        "import sys; from lorajax.command import run_command; "
+        "sys.exit(run_command(lambda _: print('x' * 10**6)))"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout.read(1) == b"x"
+    command.stdout.close()
+    assert command.stderr.read() == b"" and command.wait() == 141
+    command.stderr.close()
+
+
+def test_another_pipe_that_breaks_is_an_error():
+    def main(arguments):
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        run_command(main)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_load(path):
     text = path.read_text(encoding="utf-8")

@@ -476,7 +476,9 @@ def _doubtful(plan: Plan) -> Estimate | None:
 
 def describe(policy: Policy) -> dict[str, str]:
     """ "saved", "offloaded", "recomputed" -> names of activations, and in how many layers."""
-    policy, layers = policy.as_run, len(policy.layers)
+    layers = len(policy.layers)
+    if layers == 1:
+        policy = policy.as_run
     if policy.keeps_everything:
         return {"saved": "every activation"}
     words: dict[str, list[str]] = {"saved": [], "offloaded": [], "recomputed": []}
@@ -488,7 +490,10 @@ def describe(policy: Policy) -> dict[str, str]:
                 words[word].append(name if number == layers else f"{name} ({number} of {layers} layers)")
     if any(layer.gradient_away for layer in policy.layers):
         words["offloaded"].append(GRADIENT)
-    return {word: ", ".join(names) for word, names in words.items() if names}
+    found = {word: ", ".join(names) for word, names in words.items() if names}
+    if policy.layers[-1].offloaded:
+        found["offloaded"] += "; the last layer's stay on the GPU"
+    return found
 
 
 def summary(layout: Layout) -> str:

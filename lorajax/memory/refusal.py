@@ -71,7 +71,8 @@ def _does_not_fit(plan: Plan) -> str:
     how = "estimated" if plan.compiled is None else "compiled"
     taken, host = f"{gib(plan.taken)} of {plan.device} ({how})", f"{gib(plan.chosen.host)} of host memory"
     if plan.taken > plan.budget:
-        taken += f", over memory.budget, {gib(plan.budget)}"
+        whole = plan.ceilings[0] is not None and plan.budget >= plan.ceilings[0]
+        taken += f", {'which has' if whole else 'over memory.budget,'} {gib(plan.budget)}"
     if plan.chosen.host > plan.host_budget:
         host += f", over memory.host_budget, {gib(plan.host_budget)}"
     step = f"{taken} and {host}" if plan.chosen.host else taken

@@ -599,8 +599,8 @@ def test_activations_are_described_by_what_becomes_of_them():
 
 def test_a_table_tells_what_the_last_and_the_first_layer_keep():
     found = describe(Policy.of("offload", 3))
-    assert found["saved"] == "block_input (1 of 3 layers), lora_hidden (1 of 3 layers)"
-    assert found["offloaded"] == "block_input (2 of 3 layers), gradient"
+    assert found["saved"] == "lora_hidden (1 of 3 layers)"
+    assert found["offloaded"] == "block_input, gradient; the last layer's stay on the GPU"
     assert summary(Layout(1, Policy.of("offload", 3))).endswith("offloaded: block_input 2, gradient 2")
     assert describe(Policy.of("offload", 1))["saved"] == "block_input, lora_hidden"
     assert "offloaded" not in describe(Policy.of("offload", 1))
