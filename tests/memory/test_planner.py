@@ -356,7 +356,7 @@ def test_the_smallest_layout_is_compiled_before_a_run_is_refused(plan_of):
         if smallest.device.total < each.device.total <= budget and each.layout.rows == smallest.layout.rows
     )
     plan = plan_of("1b", rows=8, length=2048, budget=8)
-    plan = dataclasses.replace(plan, options=[first, smallest], chosen=first, budget=budget)
+    plan = dataclasses.replace(plan, options=[first, smallest], chosen=first, budget=budget, problem=None)
 
     def settled(others):
         """With what each takes more than is estimated, in shares of the budget: the first, the smallest."""
