@@ -92,9 +92,7 @@ def current_device() -> Device:
 @functools.cache
 def _device_at_hand(default: Any = None) -> Device:
     """Of jax.default_device: a device, the name of a platform, or None."""
-    if default is None or isinstance(default, str):
-        default = jax.local_devices(backend=default)[0]
-    device = default
+    device = jax.local_devices(backend=default)[0] if isinstance(default, str | None) else default
     capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     if device.platform != "gpu" or capability is None:
         reason = f"it needs an NVIDIA GPU, this is a {device.platform.upper()}"

@@ -180,6 +180,11 @@ class Plan:
         return sum(self.chosen.device[:3])
 
     @property
+    def has_whole_gpu(self) -> bool:
+        """Whether the budget cannot be raised."""
+        return self.ceilings[0] is not None and self.budget >= self.ceilings[0]
+
+    @property
     def compiled(self) -> int | None:
         """Bytes of the chosen one's compiled step; None: it is not compiled."""
         return self.sizes.get(self.chosen.layout)

@@ -256,8 +256,7 @@ def _spread(layer: int, count: int, layers: int) -> bool:
 def _estimate(problem: Problem, costs: Costs, layout: Layout) -> Estimate:
     work, micro_batches, policy = costs.work, problem.rows // layout.rows, layout.checkpointing
     assert isinstance(policy, Policy)
-    *others, last = policy.layers
-    layers = [costs.of_layer(layer) for layer in (*others, LayerPolicy(last.saved | last.offloaded))]
+    layers = [costs.of_layer(layer) for layer in policy.as_run.layers]
     saved, travelling = [layer.saved for layer in layers], [layer.offloaded for layer in layers]
     forward, backward = len(layers) * costs.layer_forward, sum(layer.backward for layer in layers)
     copies = sum(layer.copies for layer in layers)

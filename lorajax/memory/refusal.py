@@ -71,8 +71,7 @@ def _does_not_fit(plan: Plan) -> str:
     how = "estimated" if plan.compiled is None else "compiled"
     taken, host = f"{gib(plan.taken)} of {plan.device} ({how})", f"{gib(plan.chosen.host)} of host memory"
     if plan.taken > plan.budget:
-        whole = plan.ceilings[0] is not None and plan.budget >= plan.ceilings[0]
-        taken += f", {'which has' if whole else 'over memory.budget,'} {gib(plan.budget)}"
+        taken += f", {'which has' if plan.has_whole_gpu else 'over memory.budget,'} {gib(plan.budget)}"
     if plan.chosen.host > plan.host_budget:
         host += f", over memory.host_budget, {gib(plan.host_budget)}"
     step = f"{taken} and {host}" if plan.chosen.host else taken
@@ -83,8 +82,7 @@ def _nothing_fits(plan: Plan) -> str:
     """By which budget."""
     smallest, least_host = _smallest(plan)
     if least_host is None:
-        whole = plan.ceilings[0] is not None and plan.budget >= plan.ceilings[0]
-        short = "the GPU is too small" if whole else "memory.budget is short"
+        short = "the GPU is too small" if plan.has_whole_gpu else "memory.budget is short"
         short += ", the smallest layout takes"
         more = f" and {gib(smallest.host)} of host memory" if smallest.host else ""
     else:
